@@ -1,0 +1,2 @@
+"""Differentiable optimization layers."""
+__version__ = "0.1.0"

@@ -1,0 +1,318 @@
+r"""The one autograd.Function through which every layer is differentiated.
+
+Let x(θ) solve F(x, θ) = 0, with A = ∂F/∂x invertible there. The implicit function theorem gives
+
+.. math:: \frac{∂x}{∂θ} = -A^{-1} \frac{∂F}{∂θ},
+
+so a cotangent g pulls back to ``(∂F/∂θ)ᵀ u`` with ``Aᵀ u + g = 0``, and a tangent t pushes forward to the v with
+``A v + (∂F/∂θ) t = 0``. Both are linear root problems in u and v, with the arguments (x, θ, g). They are handed to this same
+Function. So the solve inside a derivative is itself an implicit layer, and derivatives of any order in any nest of
+transforms follow from one rule. The linearization of a linear problem is the same operator again: order k costs k solves, not 2ᵏ nested ones.
+
+Under vmap the rule rebuilds the problem with one more batch dimension, so that solvers and factorizations always see
+plain tensors. If only the right-hand side of a linear problem is batched (``jacrev``), it becomes one more column of the same factorized system.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from ..pytree import is_floating
+from ..solution import OnFailure, Solution, Status, report_failures
+from ..solvers.linearize import block_jacobian, jvp, vjp
+from .methods import LinearMethod
+
+__all__ = ["ImplicitFunction", "Linearized", "Problem", "nan_where_failed", "solve_implicitly"]
+
+Find = Callable[[Callable[[Tensor], Tensor], Tensor, int], Solution]
+
+
+def solve_implicitly(problem: Problem | Linearized, x0: Tensor, theta: Sequence[Any]) -> Solution:
+    """The solution of ``problem`` near ``x0``, differentiable in every floating tensor of ``theta``.
+
+    Args:
+        problem: what to solve.
+        x0: ``(*batch, n)``, the starting point; no derivative flows to it.
+        theta: the arguments of the residual after x; non-tensors pass through.
+    """
+    return Solution(*ImplicitFunction.apply(problem, x0.detach(), *theta)[:4])
+
+
+def nan_where_failed(found: Solution, on_failure: OnFailure) -> Tensor:
+    """The rows ``(*batch, n)`` of a solution; with ``"nan"``, failed ones are NaN and pass no cotangent on."""
+    if on_failure != "nan":
+        return found.x
+    return torch.where((found.status == Status.SOLVED).unsqueeze(-1), found.x, torch.nan)
+
+
+class Problem:
+    """A root problem F(x, θ) = 0, batched over the first ``batch_ndim`` dimensions of x.
+
+    Args:
+        residual: ``(x, *theta) -> (*batch, n)``, each row depending on its own row of x only.
+        find: ``(x -> residual, x0, batch_ndim) -> Solution``, on plain tensors.
+        linear: how systems with A = ∂F/∂x are solved.
+        batch_ndim: leading dimensions of x that index independent problems.
+        elementwise: call ``find`` once for each element that an outer vmap adds, not once for all.
+        on_failure: what happens to a derivative whose linear system has no solution.
+    """
+
+    def __init__(
+        self,
+        residual: Callable[..., Tensor],
+        find: Find,
+        linear: LinearMethod,
+        *,
+        batch_ndim: int = 0,
+        elementwise: bool = False,
+        on_failure: OnFailure = "raise",
+    ) -> None:
+        self.residual = residual
+        self.search = find
+        self.linear = linear
+        self.batch_ndim = batch_ndim
+        self.elementwise = elementwise
+        self.on_failure = on_failure
+        self._factor: Any = None
+        self._batched: dict[tuple[Any, ...], Problem] = {}
+
+    def find(self, x0: Tensor, theta: Sequence[Any]) -> Solution:
+        """Solve on plain tensors; a row that is not finite goes back to its starting point (its status tells)."""
+        found = self.search(lambda x: self.residual(x, *theta), x0, self.batch_ndim)
+        finite = torch.isfinite(found.x).all(-1, keepdim=True)
+        # The clone keeps a solver that returns x0 itself from turning an input into the output.
+        return found._replace(x=torch.where(finite, found.x, x0) if not bool(finite.all()) else found.x.clone())
+
+    def point(self, x: Tensor, theta: Sequence[Any]) -> tuple[Any, ...]:
+        """Where the residual is linearized: (x, θ)."""
+        return (x, *theta)
+
+    def linearized(self, transpose: bool) -> Linearized:
+        """The linear problem ``A u + g = 0``, or with Aᵀ."""
+        return Linearized(self, transpose)
+
+    def operator(self, point: Sequence[Any], transpose: bool) -> Callable[[Tensor], Tensor]:
+        """``u -> A u`` or ``u -> Aᵀ u`` at ``point``, rows ``(*batch, n)``."""
+        x, *theta = point
+        if transpose:
+            _, pullback = vjp(lambda z: self.residual(z, *theta), x)
+            return lambda u: pullback(u)[0]
+        return lambda u: jvp(lambda z: self.residual(z, *theta), (x,), (u,))[1]
+
+    def solve_linear(self, point: Sequence[Any], rhs: Tensor, transpose: bool, columns: bool) -> Solution:
+        """Solve A u = rhs (or Aᵀ u = rhs) on plain tensors; with ``columns`` the first dimension of rhs counts right-hand sides."""
+        x, *theta = point
+        if self.linear.is_dense(x.shape[-1]):
+            if self._factor is None:
+                self._factor = self.linear.factorize(self.matrix(point))
+            return self._factor.solve(rhs, transpose=transpose)
+
+        def spread(operator: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+            return torch.func.vmap(operator) if columns else operator
+
+        return self.linear.iterate(
+            spread(self.operator(point, transpose)), rhs, lambda: spread(self.operator(point, not transpose)), transpose=transpose
+        )
+
+    def matrix(self, point: Sequence[Any]) -> Tensor:
+        """A as ``(*batch, n, n)``."""
+        x, *theta = point
+        return block_jacobian(lambda z: self.residual(z, *theta), x)
+
+    def batched(self, in_dims: tuple[int | None, ...], size: int, randomness: str) -> Problem:
+        """The problem with one more leading batch dimension; ``in_dims`` says which of θ carry it in front (0) or not (None)."""
+        key = (in_dims, size, randomness)
+        if key not in self._batched:
+            residual = torch.func.vmap(self.residual, in_dims=(0, *in_dims), randomness=randomness)
+            self._batched[key] = _ElementwiseProblem(self, residual, in_dims, size) if self.elementwise else Problem(
+                residual, self.search, self.linear, batch_ndim=self.batch_ndim + 1, on_failure=self.on_failure
+            )
+        return self._batched[key]
+
+    def align(self, theta: list[Any], in_dims: Sequence[int | None]) -> tuple[list[Any], tuple[int | None, ...]]:
+        """θ with its new batch dimension in front, as :meth:`batched` wants it."""
+        moved = [leaf if dim is None else leaf.movedim(dim, 0) for leaf, dim in zip(theta, in_dims, strict=True)]
+        return moved, tuple(None if dim is None else 0 for dim in in_dims)
+
+
+class _ElementwiseProblem(Problem):
+    """A problem under vmap whose solver takes one element at a time (a user's own: SciPy, a C library, a loop)."""
+
+    def __init__(self, inner: Problem, residual: Callable[..., Tensor], in_dims: tuple[int | None, ...], size: int) -> None:
+        super().__init__(
+            residual, inner.search, inner.linear, batch_ndim=inner.batch_ndim + 1, elementwise=True, on_failure=inner.on_failure
+        )
+        self.inner, self.in_dims, self.size = inner, in_dims, size
+
+    def find(self, x0: Tensor, theta: Sequence[Any]) -> Solution:
+        found = [
+            self.inner.find(x0[i], [leaf if dim is None else leaf[i] for leaf, dim in zip(theta, self.in_dims, strict=True)])
+            for i in range(self.size)
+        ]
+        return Solution(*(torch.stack(parts) for parts in zip(*found, strict=True)))
+
+
+class Linearized:
+    """The linear root problem ``A u + g = 0`` (or Aᵀ) of a :class:`Problem`; its θ is (x, θ of the problem, g).
+
+    u and g are ``(*columns, *batch, n)``: the first ``columns`` dimensions are right-hand sides of one and the same system.
+    ``outermost`` marks a system that a user posed, not one behind a derivative: its failures are filled by the caller.
+    """
+
+    def __init__(self, base: Problem, transpose: bool, columns: int = 0, *, outermost: bool = False) -> None:
+        self.base, self.transpose, self.columns, self.outermost = base, transpose, columns, outermost
+
+    def residual(self, u: Tensor, *theta: Any) -> Tensor:
+        *point, g = theta
+        operator = self.base.operator(point, self.transpose)
+        if not self.columns:
+            return operator(u) + g
+        return torch.func.vmap(operator)(u.flatten(0, self.columns - 1)).reshape(g.shape) + g
+
+    def find(self, u0: Tensor, theta: Sequence[Any]) -> Solution:
+        *point, g = theta
+        lead = g.shape[: self.columns]
+        rhs = -(g.reshape(-1, *g.shape[self.columns :]) if self.columns > 1 else g)
+        found = self.base.solve_linear(point, rhs, self.transpose, self.columns > 0)
+        found = Solution(*(part.reshape(*lead, *part.shape[1:]) if self.columns > 1 else part for part in found))
+        if self.outermost:
+            report_failures(found, "linear_solve", self.base.on_failure)
+            finite = torch.isfinite(found.x).all(-1, keepdim=True)
+            return found._replace(x=torch.where(finite, found.x, 0)) if self.base.on_failure == "nan" else found
+        # A cotangent that is NaN is the caller's news, not a failure of the solve: it passes through as NaN.
+        failed = (found.status != Status.SOLVED) & torch.isfinite(g).all(-1)
+        report_failures(found._replace(status=torch.where(failed, found.status, 0)), "the linear system behind a derivative", self.base.on_failure)
+        if self.base.on_failure == "nan":
+            found = found._replace(x=torch.where(failed.unsqueeze(-1), torch.nan, found.x))
+        return found
+
+    def point(self, u: Tensor, theta: Sequence[Any]) -> tuple[Any, ...]:
+        return tuple(theta[:-1])
+
+    def linearized(self, transpose: bool) -> Linearized:
+        return Linearized(self.base, self.transpose != transpose, self.columns)
+
+
+class ImplicitFunction(torch.autograd.Function):
+    """(problem, x0, *θ) -> (x, diagnostics), the diagnostics usually status, residual and iterations; x is differentiable in the floating tensors of θ."""
+
+    @staticmethod
+    def forward(problem: Problem | Linearized, x0: Tensor, *theta: Any) -> tuple[Tensor, ...]:
+        return tuple(problem.find(x0, theta))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        problem, _, *theta = inputs
+        tensors = [leaf for leaf in theta if isinstance(leaf, Tensor)]
+        ctx.problem = problem
+        ctx.diagnostics = len(output) - 1
+        ctx.constants = [None if isinstance(leaf, Tensor) else (leaf,) for leaf in theta]
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.save_for_backward(output[0], *tensors)
+        ctx.save_for_forward(output[0], *tensors)
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, cotangent: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+        count = len(ctx.constants)
+        wanted = [i for i in range(count) if ctx.needs_input_grad[2 + i]]
+        if cotangent is None or not wanted:
+            return (None,) * (2 + count)
+        problem = ctx.problem
+        x, theta = _saved(ctx)
+        point = problem.point(x, theta)
+        adjoint = problem.linearized(transpose=True)
+        u = _apply(adjoint, torch.zeros_like(cotangent), *point, cotangent)[0]
+        gradients: list[Tensor | None] = [None] * count
+        wanted = [i for i in wanted if is_floating(theta[i])]
+        _, pullback = vjp(_of(problem, x, theta, wanted), *(theta[i] for i in wanted))
+        for i, gradient in zip(wanted, pullback(u), strict=True):
+            gradients[i] = gradient
+        return (None, None, *gradients)
+
+    @staticmethod
+    def jvp(ctx: Any, _problem: None, _x0: Tensor | None, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
+        problem = ctx.problem
+        x, theta = _saved(ctx)
+        moving = [i for i, tangent in enumerate(tangents) if tangent is not None and is_floating(theta[i])]
+        # Forward mode is off inside this rule, which would silently drop the tangents of outer levels: it is
+        # switched on again, and the tangents of this level are taken off the saved tensors.
+        with forward_ad._set_fwd_grad_enabled(True):
+            x, *theta = [_primal(leaf) if isinstance(leaf, Tensor) else leaf for leaf in (x, *theta)]
+            if not moving:
+                return (torch.zeros_like(x), *[None] * ctx.diagnostics)
+            directions = tuple(tangents[i] for i in moving)
+            _, drift = jvp(_of(problem, x, theta, moving), tuple(theta[i] for i in moving), directions)
+            forward = problem.linearized(transpose=False)
+            v = _apply(forward, torch.zeros_like(x), *problem.point(x, theta), drift)[0]
+        return (v, *[None] * ctx.diagnostics)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], problem: Problem | Linearized, x0: Tensor, *theta: Any) -> tuple[Any, Any]:
+        _, x_dim, *dims = in_dims
+        size = info.batch_size
+        if isinstance(problem, Problem):
+            x0 = x0.expand(size, *x0.shape) if x_dim is None else x0.movedim(x_dim, 0)
+            moved, where = problem.align(list(theta), dims)
+            return ImplicitFunction.apply(problem.batched(where, size, info.randomness), x0, *moved), 0
+        *point, g = theta
+        *point_dims, g_dim = dims
+        base, columns = problem.base, problem.columns
+        if all(dim is None for dim in point_dims):
+            g = g.movedim(g_dim, 0) if g_dim is not None else g.expand(size, *g.shape)
+            more = Linearized(base, problem.transpose, columns + 1, outermost=problem.outermost)
+            return ImplicitFunction.apply(more, torch.zeros_like(g), *point, g), 0
+        x = point[0].expand(size, *point[0].shape) if point_dims[0] is None else point[0].movedim(point_dims[0], 0)
+        moved, where = base.align(point[1:], point_dims[1:])
+        g = g.movedim(g_dim, columns) if g_dim is not None else g.unsqueeze(columns).expand(*g.shape[:columns], size, *g.shape[columns:])
+        deeper = Linearized(base.batched(where, size, info.randomness), problem.transpose, columns, outermost=problem.outermost)
+        return ImplicitFunction.apply(deeper, torch.zeros_like(g), x, *moved, g), columns
+
+
+def _apply(problem: Linearized, *operands: Any) -> tuple[Tensor, ...]:
+    """``ImplicitFunction.apply``, also under the older vmap that ``autograd.grad(is_grads_batched=True)`` still runs backward in.
+
+    That vmap passes by the rules of a Function, so its batched tensors are taken apart and put together here.
+    """
+    batched = [isinstance(leaf, Tensor) and torch._C._functorch.is_legacy_batchedtensor(leaf) for leaf in operands]
+    if not any(batched):
+        return ImplicitFunction.apply(problem, *operands)
+    level = torch._C._vmapmode_increment_nesting() - 1
+    torch._C._vmapmode_decrement_nesting()
+    plain = [torch._remove_batch_dim(leaf, level, 0, 0) if yes else leaf for leaf, yes in zip(operands, batched, strict=True)]
+    size = next(leaf.shape[0] for leaf, yes in zip(plain, batched, strict=True) if yes)
+    dims = [0 if yes else None for yes in batched]
+    outputs, dim = ImplicitFunction.vmap(_VmapInfo(size, "error"), (None, *dims), problem, *plain)
+    return tuple(torch._add_batch_dim(output, dim, level) for output in outputs)
+
+
+class _VmapInfo(NamedTuple):
+    batch_size: int
+    randomness: str
+
+
+def _saved(ctx: Any) -> tuple[Tensor, list[Any]]:
+    x, *tensors = ctx.saved_tensors
+    rest = iter(tensors)
+    return x, [next(rest) if constant is None else constant[0] for constant in ctx.constants]
+
+
+def _of(problem: Problem | Linearized, x: Tensor, theta: Sequence[Any], which: Sequence[int]) -> Callable[..., Tensor]:
+    """The residual as a function of some of θ, the rest held."""
+
+    def residual(*values: Tensor) -> Tensor:
+        full = list(theta)
+        for i, value in zip(which, values, strict=True):
+            full[i] = value
+        return problem.residual(x, *full)
+
+    return residual
+
+
+def _primal(tensor: Tensor) -> Tensor:
+    return forward_ad.unpack_dual(tensor).primal if tensor.is_floating_point() else tensor

@@ -1,0 +1,83 @@
+"""Derivatives of a residual where solvers need them: Jacobian products, the dense Jacobian, gradients of an objective.
+
+Solver loops run inside an autograd.Function, on plain tensors, yet a caller may have switched on what torch.func
+refuses to nest in: a ``forward_ad.dual_level`` (then forward mode is taken as the transpose of the transpose) or the
+saved-tensor hooks of a checkpoint (then they are lifted while the solver looks at its own derivative).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+__all__ = ["block_jacobian", "jvp", "value_and_grad", "vjp", "without_saved_tensor_hooks"]
+
+
+@contextmanager
+def without_saved_tensor_hooks() -> Iterator[None]:
+    """Lift the saved-tensor hooks (of checkpoint, of offloading) inside the block: torch.func transforms refuse to run under them."""
+    hooks = []
+    while (top := torch._C._autograd._top_saved_tensors_default_hooks(True)) is not None:
+        hooks.append(top)
+        torch._C._autograd._pop_saved_tensors_default_hooks()
+    try:
+        yield
+    finally:
+        for pack, unpack in reversed(hooks):
+            torch._C._autograd._push_saved_tensors_default_hooks(pack, unpack)
+
+
+def vjp(function: Callable[..., Any], *primals: Any) -> tuple[Any, Callable[..., tuple[Any, ...]]]:
+    """``function(*primals)`` and its pullback, as torch.func.vjp, but usable under saved-tensor hooks."""
+    with without_saved_tensor_hooks():
+        value, pullback = torch.func.vjp(function, *primals)
+
+    def apply(cotangent: Any) -> tuple[Any, ...]:
+        with without_saved_tensor_hooks():
+            return pullback(cotangent)
+
+    return value, apply
+
+
+def jvp(function: Callable[..., Any], primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[Any, Any]:
+    """``function(*primals)`` and its derivative along ``tangents``, as torch.func.jvp, but usable under any dual level."""
+    if _forward_mode_nests():
+        with without_saved_tensor_hooks():
+            return torch.func.jvp(function, primals, tangents)
+    value, pullback = vjp(function, *primals)
+    # The pullback is linear in its cotangent, so its own pullback is the pushforward.
+    _, pushforward = vjp(pullback, torch.zeros_like(value))
+    return value, pushforward(tangents)[0]
+
+
+def block_jacobian(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """The Jacobian of each independent problem: ``(*batch, m, n)`` for a row-wise ``function``: ``(*batch, n) -> (*batch, m)``.
+
+    Args:
+        function: maps the whole batch, each row on its own.
+        x: ``(*batch, n)``, where to differentiate.
+    """
+    n = x.shape[-1]
+    basis = torch.eye(n, dtype=x.dtype, device=x.device).reshape(n, *[1] * (x.dim() - 1), n).expand(n, *x.shape)
+    with without_saved_tensor_hooks():
+        if _forward_mode_nests():
+            columns = torch.func.vmap(lambda v: torch.func.jvp(function, (x,), (v,))[1])(basis)
+        else:
+            columns = torch.func.vmap(lambda v: jvp(function, (x,), (v,))[1])(basis)
+    return columns.movedim(0, -1)
+
+
+def value_and_grad(objective: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Tensor, Tensor]:
+    """``objective(x)`` of shape ``(*batch,)`` and the gradient of each element in its own row of ``x`` ``(*batch, n)``."""
+    value, pullback = vjp(objective, x)
+    return value, pullback(torch.ones_like(value))[0]
+
+
+def _forward_mode_nests() -> bool:
+    # Plain forward_ad.dual_level forbids nesting, torch.func.jvp's own levels do not.
+    return forward_ad._current_level < 0 or torch._functorch.eager_transforms.JVP_NESTING > 0
