@@ -1,2 +1,32 @@
-"""Differentiable optimization layers."""
+"""Layers that solve: drop-in ``nn.Module`` layers whose forward pass solves a problem and whose backward pass is exact.
+
+A layer is a solver, a residual F(x, θ) = 0 that its solution x satisfies, and the implicit function theorem,
+∂x/∂θ = −(∂F/∂x)⁻¹ ∂F/∂θ. Nothing of the solver's iterations is kept, and derivatives of any order, forward or
+reverse, in any nest of ``torch.func`` transforms, come from one core.
+
+>>> import torch
+>>> from difflayers import QPLayer
+>>> project = QPLayer()                                     # min ½‖x − y‖² on the probability simplex
+>>> y = torch.tensor([[0.8, 0.6, -1.0]], requires_grad=True)
+>>> x = project(torch.eye(3), -y, A=torch.ones(1, 3), b=torch.ones(1), lb=torch.zeros(3))
+>>> x.detach()
+tensor([[0.6000, 0.4000, 0.0000]])
+>>> torch.autograd.grad(x[0, 0], y)[0]
+tensor([[ 0.5000, -0.5000,  0.0000]])
+
+======================= ===========================================================================
+``difflayers.convex``   quadratic programs: :class:`QPLayer`, ``solve_qp``
+``difflayers.implicit`` the core: ``implicit_root``, ``implicit_fixed_point``, ``custom_root``,
+                        ``linear_solve``, ``conditions``
+``difflayers.solvers``  how a solution is found: batched loops that stop element by element
+``difflayers.errors``   what can go wrong, and what each error carries
+======================= ===========================================================================
+"""
+
+from . import convex, errors, implicit, solvers
+from .convex import QPLayer
+from .solution import Solution, Status
+
 __version__ = "0.1.0"
+
+__all__ = ["QPLayer", "Solution", "Status", "__version__", "convex", "errors", "implicit", "solvers"]

@@ -7,7 +7,7 @@ a second mode puts the given values back in their places whenever the function r
 that require a gradient: dual tensors do not say so, and an integer index may be batched by an outer vmap.
 
 Out of sight, and so to be passed as arguments: tensors that a TorchScript module or a user's own autograd.Function
-takes directly. A closed-over tensor handed to a torch.func transform inside the function is refused with an error.
+takes directly.
 """
 
 from __future__ import annotations
@@ -17,9 +17,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
+from torch._C import _functorch
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree
+from torch.utils.weak import TensorWeakRef
 
 from ..errors import DiffLayersError
 from ..solvers.linearize import without_saved_tensor_hooks
@@ -42,15 +43,28 @@ def hoist(function: Callable[..., Any], *args: Any) -> tuple[Callable[..., Any],
     collect = _Collect(_tensors(_pytree.tree_leaves(arguments)))
     with torch.no_grad(), without_saved_tensor_hooks(), collect:
         value = function(*arguments)
-    captured = collect.captured
+    captured = collect.captured(value)
     if not captured:
         return (lambda _, *args: function(*args)), [], value
 
+    lift = False
+
     def explicit(values: Sequence[Tensor], *args: Any) -> Any:
+        nonlocal lift
         if all(new is old for new, old in zip(values, captured, strict=True)):
             return function(*args)
-        with _Swap(captured, values):
-            return function(*args)
+        # Views, so that an argument which is also closed over is not taken for its other role.
+        views = _pytree.tree_map(lambda leaf: leaf.view_as(leaf) if isinstance(leaf, Tensor) else leaf, args)
+        if not lift:
+            try:
+                with _Swap(captured, values):
+                    return function(*views)
+            except RuntimeError as error:
+                # functorch's own words for a tensor of one transform that meets another out of order.
+                if "INTERNAL ASSERT FAILED" not in str(error) or "functorch" not in str(error):
+                    raise
+                lift = True
+        return _call_above(function, views, captured, values)
 
     return explicit, captured, value
 
@@ -66,59 +80,117 @@ def visible_to_modes(tensors: Sequence[Any]) -> list[Any]:
     return [tensor.view_as(tensor) if isinstance(tensor, Tensor) else tensor for tensor in tensors]
 
 
+def _call_above(function: Callable[..., Any], args: Sequence[Any], captured: Sequence[Tensor], values: Sequence[Tensor]) -> Any:
+    """Call the function at a transform level above those that its closed-over tensors belong to.
+
+    A layer's solver runs below the transforms around the layer. A transform that the function itself starts there would get the number of
+    one of those, and refuse to wrap a closed-over tensor of that or a higher number before the value could be put in its
+    place. Empty levels make room; nothing is differentiated at them.
+    """
+    above = max(_functorch.maybe_get_level(tensor) for tensor in captured) - max(_current_level(), 0)
+    levels = [_functorch._grad_increment_nesting() for _ in range(above)]
+    try:
+        with _Swap(captured, values):
+            result = function(*args)
+        for level in reversed(levels):
+            result = _pytree.tree_map_only(Tensor, lambda leaf, level=level: _functorch._unwrap_for_grad(leaf, level), result)
+    finally:
+        for _ in levels:
+            _functorch._grad_decrement_nesting()
+    return result
+
+
 class _Collect(TorchFunctionMode):
+    """Notes the tensors that operations read and none of them made.
+
+    A torch.func transform inside the function wraps and unwraps tensors out of this mode's sight, so a tensor that no operation made may
+    still have been made on the way. It dies with the run; what the function closes over lives on. Hence the weak references.
+    """
+
     def __init__(self, known: list[Tensor]) -> None:
         super().__init__()
-        # Ids are only unique among living tensors, so everything seen is kept alive until the mode is dropped.
-        self.seen = {id(tensor): tensor for tensor in known}
-        self.captured: list[Tensor] = []
+        self.made = {id(tensor) for tensor in known}
+        # For each tensor read: itself, what it wraps, and so on, each with whether a gradient was asked for at that layer.
+        self.read: dict[int, list[tuple[TensorWeakRef, bool]]] = {}
         self.level = _current_level()
 
     def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        for leaf in _tensors(args):
-            self._look_at(leaf)
-        for leaf in _tensors(kwargs):
-            self._look_at(leaf)
         result = func(*args, **kwargs)
-        for leaf in _tensors(result):
-            self.seen[id(leaf)] = leaf
+        inputs = _tensors(args) + _tensors(kwargs)
+        for leaf in inputs:
+            self._look_at(leaf)
+        # An operation in place gives back what it was given; that is not made by it.
+        self.made.update({id(leaf) for leaf in _tensors(result)} - {id(leaf) for leaf in inputs})
         return result
 
     def _look_at(self, tensor: Tensor) -> None:
-        if id(tensor) in self.seen:
+        if id(tensor) in self.made or id(tensor) in self.read:
             return
-        self.seen[id(tensor)] = tensor
-        inner = tensor
-        while torch._C._functorch.maybe_get_level(inner) > self.level:
-            inner = torch._C._functorch.get_unwrapped(inner)
-        if inner is tensor:
-            self.captured.append(tensor)
-        elif id(inner) not in self.seen and _may_carry_a_derivative(inner):
-            # The wrapper belongs to a transform inside the function; a value swapped under it would be cut off from that transform.
-            raise DiffLayersError(
-                f"a tensor of shape {tuple(inner.shape)} that the function closes over is handed to a torch.func transform inside it; "
-                "pass it to the layer as an argument instead, so that its gradient is not lost"
-            )
+        chain = [tensor]
+        while _functorch.maybe_get_level(chain[-1]) > self.level:
+            chain.append(_functorch.get_unwrapped(chain[-1]))
+        if id(chain[-1]) not in self.made:
+            self.read[id(tensor)] = [(TensorWeakRef(layer), layer.requires_grad) for layer in chain]
+
+    def captured(self, value: Any) -> list[Tensor]:
+        """The tensors read from outside, after a run that returned ``value``."""
+        made = self.made | {id(leaf) for leaf in _tensors(_pytree.tree_leaves(value))}
+        captured = {}
+        for chain in self.read.values():
+            differentiated = False
+            for reference, requires_grad in chain:
+                # The outermost layer that has outlived the run came from outside; those around it are an inner transform's.
+                tensor = reference()
+                if tensor is not None:
+                    break
+                differentiated = differentiated or requires_grad
+            if tensor is None or id(tensor) in made:
+                continue
+            if differentiated:
+                # A value swapped in its place would be cut off from the transform that differentiates it.
+                raise DiffLayersError(_PASS_IT.format("is differentiated by a torch.func transform inside the function"))
+            captured[id(tensor)] = tensor
+        return list(captured.values())
 
 
 class _Swap(TorchFunctionMode):
     def __init__(self, captured: Sequence[Tensor], values: Sequence[Tensor]) -> None:
         super().__init__()
         self.replacement = {id(old): new for old, new in zip(captured, values, strict=True)}
+        self.level = _current_level()
 
     def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return func(*self._replace(args), **(self._replace(kwargs) if kwargs else {}))
 
     def _replace(self, node: Any) -> Any:
         if isinstance(node, Tensor):
-            return self.replacement.get(id(node), node)
+            return self._replace_tensor(node)
         if isinstance(node, tuple | list):
             items = [self._replace(item) for item in node]
             return type(node)(*items) if hasattr(node, "_fields") else type(node)(items)
         if isinstance(node, dict):
             return {key: self._replace(item) for key, item in node.items()}
         return node
+
+
+    def _replace_tensor(self, tensor: Tensor) -> Tensor:
+        level = _functorch.maybe_get_level(tensor)
+        if id(tensor) in self.replacement or level <= self.level:
+            return self.replacement.get(id(tensor), tensor)
+        # A transform inside the function wraps what it is given out of sight: what it wrapped is replaced, and wrapped again.
+        inner = _functorch.get_unwrapped(tensor)
+        new = self._replace_tensor(inner)
+        if new is inner:
+            return tensor
+        if _functorch.is_batchedtensor(tensor):
+            return _functorch._add_batch_dim(new, _functorch.maybe_get_bdim(tensor), level)
+        if tensor.requires_grad:
+            raise DiffLayersError(_PASS_IT.format("is differentiated by a torch.func transform inside the function"))
+        return _functorch._wrap_for_grad(new, level)
+
+
+_PASS_IT = "a tensor that the function closes over {}; pass it to the layer as an argument instead, so that its gradient is not lost"
 
 
 def _tensors(node: Any) -> list[Tensor]:
@@ -132,11 +204,5 @@ def _tensors(node: Any) -> list[Tensor]:
 
 
 def _current_level() -> int:
-    level = torch._C._functorch.maybe_current_level()
+    level = _functorch.maybe_current_level()
     return -1 if level is None else level
-
-
-def _may_carry_a_derivative(tensor: Tensor) -> bool:
-    if tensor.requires_grad or torch._C._functorch.is_functorch_wrapped_tensor(tensor):
-        return True
-    return forward_ad._current_level >= 0 and tensor.is_floating_point() and forward_ad.unpack_dual(tensor).tangent is not None

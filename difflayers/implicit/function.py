@@ -50,7 +50,33 @@ def nan_where_failed(found: Solution, on_failure: OnFailure) -> Tensor:
     return torch.where((found.status == Status.SOLVED).unsqueeze(-1), found.x, torch.nan)
 
 
-class Problem:
+class _Residual:
+    """What a problem and its linearizations share: a residual, and its derivatives in θ."""
+
+    residual: Callable[..., Tensor]
+
+    def pullback(self, x: Tensor, theta: Sequence[Any], which: Sequence[int], u: Tensor) -> Sequence[Tensor]:
+        """``(∂F/∂θᵢ)ᵀ u`` for the i in ``which``. A problem that knows a closed form overrides this, in differentiable operations."""
+        _, pullback = vjp(self._of(x, theta, which), *(theta[i] for i in which))
+        return pullback(u)
+
+    def pushforward(self, x: Tensor, theta: Sequence[Any], which: Sequence[int], tangents: Sequence[Tensor]) -> Tensor:
+        """``Σ (∂F/∂θᵢ) tᵢ`` over the i in ``which``."""
+        return jvp(self._of(x, theta, which), tuple(theta[i] for i in which), tuple(tangents))[1]
+
+    def _of(self, x: Tensor, theta: Sequence[Any], which: Sequence[int]) -> Callable[..., Tensor]:
+        """The residual as a function of some of θ, the rest held."""
+
+        def residual(*values: Tensor) -> Tensor:
+            full = list(theta)
+            for i, value in zip(which, values, strict=True):
+                full[i] = value
+            return self.residual(x, *full)
+
+        return residual
+
+
+class Problem(_Residual):
     """A root problem F(x, θ) = 0, batched over the first ``batch_ndim`` dimensions of x.
 
     Args:
@@ -157,7 +183,7 @@ class _ElementwiseProblem(Problem):
         return Solution(*(torch.stack(parts) for parts in zip(*found, strict=True)))
 
 
-class Linearized:
+class Linearized(_Residual):
     """The linear root problem ``A u + g = 0`` (or Aᵀ) of a :class:`Problem`; its θ is (x, θ of the problem, g).
 
     u and g are ``(*columns, *batch, n)``: the first ``columns`` dimensions are right-hand sides of one and the same system.
@@ -230,8 +256,7 @@ class ImplicitFunction(torch.autograd.Function):
         u = _apply(adjoint, torch.zeros_like(cotangent), *point, cotangent)[0]
         gradients: list[Tensor | None] = [None] * count
         wanted = [i for i in wanted if is_floating(theta[i])]
-        _, pullback = vjp(_of(problem, x, theta, wanted), *(theta[i] for i in wanted))
-        for i, gradient in zip(wanted, pullback(u), strict=True):
+        for i, gradient in zip(wanted, problem.pullback(x, theta, wanted, u), strict=True):
             gradients[i] = gradient
         return (None, None, *gradients)
 
@@ -246,8 +271,7 @@ class ImplicitFunction(torch.autograd.Function):
             x, *theta = [_primal(leaf) if isinstance(leaf, Tensor) else leaf for leaf in (x, *theta)]
             if not moving:
                 return (torch.zeros_like(x), *[None] * ctx.diagnostics)
-            directions = tuple(tangents[i] for i in moving)
-            _, drift = jvp(_of(problem, x, theta, moving), tuple(theta[i] for i in moving), directions)
+            drift = problem.pushforward(x, theta, moving, [tangents[i] for i in moving])
             forward = problem.linearized(transpose=False)
             v = _apply(forward, torch.zeros_like(x), *problem.point(x, theta), drift)[0]
         return (v, *[None] * ctx.diagnostics)
@@ -297,21 +321,10 @@ class _VmapInfo(NamedTuple):
 
 
 def _saved(ctx: Any) -> tuple[Tensor, list[Any]]:
-    x, *tensors = ctx.saved_tensors
+    # The pullback of torch.func.vjp runs after its level has ended, and the tensors saved at that level must not be wrapped again.
+    x, *tensors = (torch._C._functorch.unwrap_if_dead(tensor) for tensor in ctx.saved_tensors)
     rest = iter(tensors)
     return x, [next(rest) if constant is None else constant[0] for constant in ctx.constants]
-
-
-def _of(problem: Problem | Linearized, x: Tensor, theta: Sequence[Any], which: Sequence[int]) -> Callable[..., Tensor]:
-    """The residual as a function of some of θ, the rest held."""
-
-    def residual(*values: Tensor) -> Tensor:
-        full = list(theta)
-        for i, value in zip(which, values, strict=True):
-            full[i] = value
-        return problem.residual(x, *full)
-
-    return residual
 
 
 def _primal(tensor: Tensor) -> Tensor:

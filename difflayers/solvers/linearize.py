@@ -46,6 +46,8 @@ def vjp(function: Callable[..., Any], *primals: Any) -> tuple[Any, Callable[...,
 
 def jvp(function: Callable[..., Any], primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[Any, Any]:
     """``function(*primals)`` and its derivative along ``tangents``, as torch.func.jvp, but usable under any dual level."""
+    # A dual tensor shares its strides with its tangent, and nothing can be written to the overlapping entries of an expanded one.
+    primals = tuple(primal.contiguous() for primal in primals)
     if _forward_mode_nests():
         with without_saved_tensor_hooks():
             return torch.func.jvp(function, primals, tangents)
@@ -62,7 +64,7 @@ def block_jacobian(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         function: maps the whole batch, each row on its own.
         x: ``(*batch, n)``, where to differentiate.
     """
-    n = x.shape[-1]
+    n, x = x.shape[-1], x.contiguous()
     basis = torch.eye(n, dtype=x.dtype, device=x.device).reshape(n, *[1] * (x.dim() - 1), n).expand(n, *x.shape)
     with without_saved_tensor_hooks():
         if _forward_mode_nests():

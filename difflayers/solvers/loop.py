@@ -15,8 +15,6 @@ from ..solution import Solution, Status
 
 __all__ = ["Rows", "check_options", "default_tol", "dot", "norm", "relative", "scale_of"]
 
-_RUNNING = -1
-
 
 def default_tol(dtype: torch.dtype) -> float:
     """The relative tolerance when the caller gives none: 1e-12 in float64, 1e-6 in float32, 8 eps below."""
@@ -63,7 +61,8 @@ class Rows:
     Attributes:
         x: the best iterate of each row so far, that with the smallest residual.
         residual: ``(*batch,)``, its residual; inf before the first :meth:`record`.
-        status: ``(*batch,)``, a :class:`~difflayers.solution.Status`, or −1 while the row runs.
+        running: ``(*batch,)`` bool, the rows that have not ended.
+        status: ``(*batch,)``, a :class:`~difflayers.solution.Status`; MAX_ITER while the row runs, so that a loop may simply end.
         iterations: ``(*batch,)``, advanced by :meth:`count`.
         idle: ``(*batch,)``, calls of :meth:`record` since the last one that improved the row.
     """
@@ -72,14 +71,10 @@ class Rows:
         batch = x.shape[:-1]
         self.x = x
         self.residual = torch.full(batch, torch.inf, dtype=x.dtype, device=x.device)
-        self.status = torch.full(batch, _RUNNING, dtype=torch.int64, device=x.device)
-        self.iterations = torch.zeros(batch, dtype=torch.int64, device=x.device)
-        self.idle = torch.zeros_like(self.iterations)
-
-    @property
-    def running(self) -> Tensor:
-        """``(*batch,)`` bool: the rows that have not ended."""
-        return self.status == _RUNNING
+        self.running = torch.ones(batch, dtype=torch.bool, device=x.device)
+        self.status = torch.full(batch, int(Status.MAX_ITER), dtype=torch.int64, device=x.device)
+        self.iterations = torch.zeros_like(self.status)
+        self.idle = torch.zeros_like(self.status)
 
     def any_running(self) -> bool:
         """Whether the loop must go on; waits for the device."""
@@ -94,12 +89,14 @@ class Rows:
         better = self.running & (residual < self.residual)
         self.x = torch.where(better[..., None], x, self.x)
         self.residual = torch.where(better, residual, self.residual)
-        self.idle = torch.where(better, 0, self.idle + 1)
+        self.idle = (self.idle + 1) * ~better
         return better
 
     def stop(self, where: Tensor, status: Status) -> None:
         """End the running rows of ``where`` with ``status``."""
-        self.status = torch.where(self.running & where, int(status), self.status)
+        ending = self.running & where
+        self.status = torch.where(ending, int(status), self.status)
+        self.running = self.running & ~ending
 
     def settle(self, stalled: Tensor, noise: Tensor) -> None:
         """End the ``stalled`` rows that have reached the rounding level, whatever tolerance was asked for, as solved.
@@ -115,6 +112,5 @@ class Rows:
 
     def solution(self, raveler: Raveler | None = None) -> Solution:
         """The result; rows that still run met the iteration limit."""
-        self.stop(self.running, Status.MAX_ITER)
         x = self.x if raveler is None else raveler.unravel(self.x)
         return Solution(x, self.status, self.residual, self.iterations)

@@ -1,0 +1,1 @@
+"""Ours and the peers side by side: time with its accuracy. See README.md."""

@@ -1,0 +1,14 @@
+"""``python -m benchmarks``: all the benchmarks at moderate sizes, less than ten minutes on one core; ``--short`` for a smoke run."""
+
+from __future__ import annotations
+
+import argparse
+
+from benchmarks import core, qp
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--short", action="store_true", help="a smoke run of less than a minute")
+    short = parser.parse_args().short
+    qp.main(short=short)
+    core.main(short=short)

@@ -1,0 +1,918 @@
+"""What every layer must pass, and the registry of layers that must pass it.
+
+A new layer is one entry of ``LAYERS``: a function of tensors, how to draw a small instance of its inputs, and, where it has
+them, its batched form, a reference, the failures that it can have, its module and a version with a given number of iterations.
+``CHECKS`` are functions of such an entry; ``tests/test_contract.py`` runs all of them on all of it.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import gc
+import io
+import itertools
+import pickle
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import scipy.optimize
+import torch
+from torch import Tensor, nn
+from torch.func import grad, jacrev, jvp, vjp, vmap
+from torch.utils.checkpoint import checkpoint
+
+from difflayers.convex import QPLayer, solve_qp
+from difflayers.errors import ConvergenceWarning, InfeasibleError, NotConvergedError, SingularError, SolveError, UnboundedError
+from difflayers.implicit import conditions, custom_fixed_point, custom_root, implicit_fixed_point, implicit_root, linear_solve
+from difflayers.solution import Status
+from tests.reference import newton_root, relative_error
+
+__all__ = ["CHECKS", "LAYERS", "Failure", "Layer", "applies"]
+
+Inputs = tuple[Tensor, ...]
+Function = Callable[..., Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class Failure:
+    """A way in which one problem has no solution.
+
+    Args:
+        name: what is wrong with it.
+        spoil: the inputs of a good problem -> those of a bad one.
+        error: what ``on_failure="raise"`` raises.
+        statuses: the statuses that may be reported.
+    """
+
+    name: str
+    spoil: Callable[..., Inputs]
+    error: type[SolveError]
+    statuses: tuple[Status, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Layer:
+    """One layer with small instances.
+
+    Args:
+        name: unique.
+        call: ``(*inputs, **options) -> tensor`` for one problem. If ``failures`` are given it takes ``on_failure``.
+        sample: draws the float64 inputs of one problem, which is solvable and away from every kink.
+        leading: ``call`` takes leading batch dimensions on any of its inputs, and those without are shared.
+        reference: the same by other means, differentiable by autograd to second order.
+        failures: the ways to fail.
+        module: makes the nn.Module form, ``module(*inputs)``.
+        limited: ``iterations -> call`` with that many iterations of its solver.
+        tolerance: the relative error granted to derivatives.
+    """
+
+    name: str
+    call: Function
+    sample: Callable[[torch.Generator], Inputs]
+    leading: bool = True
+    reference: Function | None = None
+    failures: tuple[Failure, ...] = ()
+    module: Callable[[], nn.Module] | None = None
+    limited: Callable[[int], Function] | None = None
+    tolerance: float = 1e-8
+
+    def inputs(self, seed: int = 0) -> Inputs:
+        """One problem."""
+        return self.sample(torch.Generator().manual_seed(seed))
+
+    def batch(self, *shape: int) -> Inputs:
+        """Problems along leading dimensions."""
+        count = int(np.prod(shape))
+        stacked = zip(*(self.inputs(seed) for seed in range(count)), strict=True)
+        return tuple(torch.stack(parts).reshape(*shape, *parts[0].shape) for parts in stacked)
+
+
+def _randn(generator: torch.Generator, *shape: int, scale: float = 1.0) -> Tensor:
+    return scale * torch.randn(shape, generator=generator, dtype=torch.float64)
+
+
+def _times(matrix: Tensor, vector: Tensor) -> Tensor:
+    return (matrix @ vector.unsqueeze(-1)).squeeze(-1)
+
+
+def _lead(*pairs: tuple[Tensor, int]) -> tuple[int, ...]:
+    """The batch shape of tensors, each with its number of dimensions without a batch."""
+    return tuple(torch.broadcast_shapes(*(tensor.shape[: tensor.dim() - ndim] for tensor, ndim in pairs)))
+
+
+def _nan_in(position: int) -> Callable[..., Inputs]:
+    return lambda *inputs: tuple(torch.full_like(part, torch.nan) if i == position else part for i, part in enumerate(inputs))
+
+
+_LOST = (Status.MAX_ITER, Status.NUMERICAL_ERROR, Status.SINGULAR)
+
+
+def _square_root() -> Layer:
+    def call(a: Tensor, b: Tensor, **options: str) -> Tensor:
+        lead = _lead((a, 0), (b, 0))
+        return implicit_root(lambda x, a, b: x * x + b * x - a, batch_ndim=len(lead), **options)(a.new_ones(lead), a, b)
+
+    return Layer(
+        "implicit_root, scalar",
+        call,
+        lambda g: (2 + _randn(g, scale=0.3), _randn(g, scale=0.3)),
+        reference=lambda a, b: (torch.sqrt(b * b + 4 * a) - b) / 2,
+        failures=(
+            Failure("no real root", lambda a, b: (a - 9, b), NotConvergedError, _LOST),
+            Failure("NaN", _nan_in(0), NotConvergedError, (Status.NUMERICAL_ERROR,)),
+        ),
+    )
+
+
+def _network(x: Tensor, weight: Tensor, bias: Tensor, signal: Tensor) -> Tensor:
+    return x - 0.5 * torch.tanh(_times(weight, x) + bias) - torch.sin(signal)
+
+
+def _network_inputs(generator: torch.Generator) -> Inputs:
+    return _randn(generator, 2, 2, scale=0.6), _randn(generator, 2, scale=0.5), _randn(generator, 2)
+
+
+def _network_reference(weight: Tensor, bias: Tensor, signal: Tensor) -> Tensor:
+    return newton_root(_network, torch.zeros_like(signal), weight, bias, signal)
+
+
+def _vector() -> Layer:
+    # The weight is closed over, bias and signal are arguments.
+    def call(weight: Tensor, bias: Tensor, signal: Tensor, **options: str) -> Tensor:
+        lead = _lead((weight, 2), (bias, 1), (signal, 1))
+
+        def residual(x: Tensor, bias: Tensor, signal: Tensor) -> Tensor:
+            return _network(x, weight, bias, signal)
+
+        return implicit_root(residual, batch_ndim=len(lead), **options)(signal.new_zeros(*lead, 2), bias, signal)
+
+    failure = Failure("NaN", _nan_in(2), NotConvergedError, (Status.NUMERICAL_ERROR,))
+    return Layer("implicit_root, closure", call, _network_inputs, reference=_network_reference, failures=(failure,))
+
+
+def _tree() -> Layer:
+    def residual(x: dict[str, Tensor], target: Tensor, gain: Tensor) -> dict[str, Tensor]:
+        level = x["level"] + 0.3 * torch.tanh(x["slope"]).sum() * gain - target[0]
+        return {"level": level, "slope": x["slope"] + 0.2 * x["level"] - target[x["which"]] * torch.cos(x["slope"]), "which": x["which"]}
+
+    def call(target: Tensor, gain: Tensor, **options: str) -> Tensor:
+        start = {"level": target.new_zeros(()), "slope": target.new_zeros(2), "which": torch.tensor([1, 0], device=target.device)}
+        found = implicit_root(residual, **options)(start, target, gain)
+        return torch.cat([found["level"].reshape(1), found["slope"]])
+
+    def reference(target: Tensor, gain: Tensor) -> Tensor:
+        def flat(x: Tensor, target: Tensor, gain: Tensor) -> Tensor:
+            parts = residual({"level": x[0], "slope": x[1:], "which": torch.tensor([1, 0])}, target, gain)
+            return torch.cat([parts["level"].reshape(1), parts["slope"]])
+
+        return newton_root(flat, target.new_zeros(3), target, gain)
+
+    return Layer(
+        "implicit_root, pytree",
+        call,
+        lambda g: (_randn(g, 2, scale=0.5), _randn(g, scale=0.5)),
+        leading=False,
+        reference=reference,
+        failures=(Failure("NaN", _nan_in(0), NotConvergedError, (Status.NUMERICAL_ERROR,)),),
+    )
+
+
+def _slow_step(x: Tensor, a: Tensor) -> Tensor:
+    # It contracts by about 0.999 a step, so that a thousand steps are taken.
+    return x + 1e-3 * (torch.sin(a) - x - 0.1 * x**3)
+
+
+def _fixed_point(solver: str) -> Layer:
+    def step(x: Tensor, bias: Tensor, signal: Tensor, weight: Tensor) -> Tensor:
+        return 0.5 * torch.tanh(_times(weight, x) + bias) + torch.sin(signal)
+
+    def call(weight: Tensor, bias: Tensor, signal: Tensor, **options: str) -> Tensor:
+        lead = _lead((weight, 2), (bias, 1), (signal, 1))
+        solve = implicit_fixed_point(step, solver, batch_ndim=len(lead), **options)
+        return solve(signal.new_zeros(*lead, 2), bias, signal, weight)
+
+    def limited(iterations: int) -> Function:
+        solve = implicit_fixed_point(_slow_step, solver, tol=0.0, max_iter=iterations, on_failure="warn")
+        return lambda weight, bias, signal: solve(torch.zeros_like(signal), signal)
+
+    return Layer(
+        f"implicit_fixed_point, {solver}",
+        call,
+        _network_inputs,
+        reference=_network_reference,
+        failures=(Failure("NaN", _nan_in(2), NotConvergedError, (Status.NUMERICAL_ERROR,)),),
+        limited=limited,
+    )
+
+
+def _expanding() -> Layer:
+    # T(x) = w x + a has a fixed point for every w ≠ 1, which Picard's iteration finds for |w| < 1 only.
+    def call(weight: Tensor, signal: Tensor, **options: str) -> Tensor:
+        lead = _lead((weight, 1), (signal, 1))
+        solve = implicit_fixed_point(lambda x: weight * x + signal, "picard", batch_ndim=len(lead), **options)
+        return solve(signal.new_zeros(*lead, 2))
+
+    return Layer(
+        "implicit_fixed_point, linear",
+        call,
+        lambda g: (0.5 + _randn(g, 2, scale=0.1), _randn(g, 2)),
+        reference=lambda weight, signal: signal / (1 - weight),
+        failures=(Failure("expanding", lambda w, a: (w + 1.5, a), NotConvergedError, _LOST),),
+    )
+
+
+def _scipy() -> Layer:
+    @custom_root(_network)
+    def solve(x0: None, weight: Tensor, bias: Tensor, signal: Tensor) -> Tensor:
+        w, c, s = (part.numpy().astype(np.float64) for part in (weight, bias, signal))
+        found = scipy.optimize.root(lambda x: x - 0.5 * np.tanh(w @ x + c) - np.sin(s), np.zeros(2), tol=1e-15)
+        return torch.as_tensor(found.x, dtype=signal.dtype)
+
+    def call(weight: Tensor, bias: Tensor, signal: Tensor) -> Tensor:
+        return solve(None, weight, bias, signal)
+
+    return Layer("custom_root, scipy", call, _network_inputs, leading=False, reference=_network_reference)
+
+
+def _loop() -> Layer:
+    def step(x: Tensor, signal: Tensor) -> Tensor:
+        return 0.5 * torch.cos(x) * signal
+
+    def solver(iterations: int) -> Function:
+        @custom_fixed_point(step)
+        def solve(x0: Tensor, signal: Tensor) -> Tensor:
+            for _ in range(iterations):
+                x0 = step(x0, signal)
+            return x0
+
+        return lambda signal: solve(torch.zeros_like(signal), signal)
+
+    def reference(signal: Tensor) -> Tensor:
+        return newton_root(lambda x, signal: x - step(x, signal), torch.zeros_like(signal), signal)
+
+    return Layer("custom_fixed_point", solver(60), lambda g: (_randn(g, 2),), leading=False, reference=reference, limited=solver)
+
+
+def _general(generator: torch.Generator) -> Inputs:
+    return torch.eye(3, dtype=torch.float64) + _randn(generator, 3, 3, scale=0.12), _randn(generator, 3)
+
+
+def _definite(generator: torch.Generator) -> Inputs:
+    A, b = _general(generator)
+    return A @ A.mT, b
+
+
+def _singular(A: Tensor, b: Tensor) -> Inputs:
+    # Rank two, and b is not in the range.
+    projection = torch.eye(3, dtype=A.dtype) - torch.ones(3, 3, dtype=A.dtype) / 3
+    return projection.to(A), b + 1
+
+
+_SINGULAR = Failure("singular", _singular, SingularError, (Status.SINGULAR,))
+_NAN_MATRIX = Failure("NaN", _nan_in(0), NotConvergedError, (Status.NUMERICAL_ERROR,))
+
+
+def _linear(method: str) -> Layer:
+    symmetric = method in ("cholesky", "cg")
+
+    def call(A: Tensor, b: Tensor, **options: str) -> Tensor:
+        if symmetric:
+            A = (A + A.mT) / 2
+        return linear_solve(A, b, method=method, **options).x
+
+    def limited(iterations: int) -> Function:
+        return lambda A, b: linear_solve(A, b, method=method, tol=0.0, max_iter=iterations, on_failure="warn").x
+
+    def reference(A: Tensor, b: Tensor) -> Tensor:
+        return torch.linalg.inv((A + A.mT) / 2 if symmetric else A) @ b
+
+    # The Neumann series of a singular system that has no solution diverges; it cannot tell why.
+    singular = Failure("singular", _singular, NotConvergedError, _LOST) if method == "neumann" else _SINGULAR
+    return Layer(
+        f"linear_solve, {method}",
+        call,
+        _definite if symmetric else _general,
+        reference=reference,
+        failures=(singular, _NAN_MATRIX),
+        limited=limited if method == "neumann" else None,
+    )
+
+
+def _linear_function(method: str) -> Layer:
+    # The matrix is closed over by the product.
+    def call(A: Tensor, b: Tensor, **options: str) -> Tensor:
+        lead = _lead((A, 2), (b, 1))
+        return linear_solve(lambda u: _times(A, u), b.expand(*lead, 3), method=method, batch_ndim=len(lead), **options).x
+
+    return Layer(
+        f"linear_solve, function, {method}",
+        call,
+        _general,
+        reference=lambda A, b: torch.linalg.inv(A) @ b,
+        failures=(_SINGULAR, _NAN_MATRIX),
+    )
+
+
+def _stationarity() -> Layer:
+    def objective(x: Tensor, curvature: Tensor, target: Tensor) -> Tensor:
+        return torch.cosh(x).sum() + (_times(curvature, x) ** 2).sum() / 2 - (x * target).sum()
+
+    root = implicit_root(conditions.stationarity(objective), symmetric=True)
+
+    def call(curvature: Tensor, target: Tensor) -> Tensor:
+        return root(torch.zeros_like(target), curvature, target)
+
+    def reference(curvature: Tensor, target: Tensor) -> Tensor:
+        return newton_root(grad(objective), torch.zeros_like(target), curvature, target)
+
+    return Layer("conditions.stationarity", call, lambda g: (_randn(g, 2, 2), _randn(g, 2)), leading=False, reference=reference)
+
+
+def _kkt() -> Layer:
+    # min Σ exp(xᵢ) − cᵀx subject to Σ xᵢ = d and x ≤ u, of which the first is active.
+    residual = conditions.kkt(
+        lambda x, c, d, u: (x.exp() - c * x).sum(),
+        equality=lambda x, c, d, u: x.sum(-1, keepdim=True) - d,
+        inequality=lambda x, c, d, u: x - u,
+    )
+
+    def call(c: Tensor, d: Tensor, u: Tensor) -> Tensor:
+        start = (torch.zeros_like(c), c.new_zeros(1), torch.zeros_like(c))
+        return torch.cat(implicit_root(residual)(start, c, d, u))
+
+    def reference(c: Tensor, d: Tensor, u: Tensor) -> Tensor:
+        return newton_root(lambda s, *args: torch.cat(residual(s.split([3, 1, 3]), *args)), call(c, d, u).detach(), c, d, u, steps=1)
+
+    def sample(g: torch.Generator) -> Inputs:
+        c = torch.tensor([4.0, 1.0, 0.5], dtype=torch.float64) + _randn(g, 3, scale=0.1)
+        return c, _randn(g, scale=0.1).abs(), torch.tensor([0.4, 2.0, 3.0], dtype=torch.float64) + _randn(g, 3, scale=0.05)
+
+    return Layer("conditions.kkt", call, sample, leading=False, reference=reference)
+
+
+def _proximal() -> Layer:
+    # Two entries of the sparse solution are not zero, one is.
+    def loss(x: Tensor, target: Tensor) -> Tensor:
+        return (torch.cosh(x) - x * target).sum() + 0.1 * (x.sum() ** 2)
+
+    def soft_threshold(x: Tensor, weight: Tensor, stepsize: float) -> Tensor:
+        return x.sign() * (x.abs() - stepsize * weight).clamp(min=0)
+
+    step = conditions.proximal_gradient(loss, soft_threshold, 0.3)
+    solve = implicit_fixed_point(step)
+
+    def call(weight: Tensor, target: Tensor) -> Tensor:
+        return solve(torch.zeros_like(target), weight, target)
+
+    def reference(weight: Tensor, target: Tensor) -> Tensor:
+        return newton_root(lambda x, weight, target: x - step(x, weight, target), call(weight, target).detach(), weight, target, steps=1)
+
+    def sample(g: torch.Generator) -> Inputs:
+        return 0.8 + _randn(g, scale=0.05), torch.tensor([2.5, -2.0, 0.2], dtype=torch.float64) + _randn(g, 3, scale=0.1)
+
+    return Layer("conditions.proximal_gradient", call, sample, leading=False, reference=reference)
+
+
+class _Equilibrium(nn.Module):
+    """z = tanh(W z + U x + b) with the parameters of the module closed over."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.recurrent, self.injection = nn.Linear(2, 2, dtype=torch.float64), nn.Linear(2, 2, bias=False, dtype=torch.float64)
+        generator = torch.Generator().manual_seed(3)
+        with torch.no_grad():
+            for parameter in self.parameters():
+                parameter.copy_(_randn(generator, *parameter.shape, scale=0.4))
+        self.fixed_point = implicit_fixed_point(self.step)
+
+    def step(self, z: Tensor, x: Tensor) -> Tensor:
+        """The map whose fixed point is the output."""
+        return torch.tanh(self.recurrent(z) + self.injection(x))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The fixed point ``(n,)``."""
+        return self.fixed_point(torch.zeros_like(x), x)
+
+
+def _equilibrium() -> Layer:
+    module = _Equilibrium()
+
+    def call(x: Tensor) -> Tensor:
+        return (module if x.dtype == torch.float64 else copy.deepcopy(module).to(x.dtype))(x)
+
+    def reference(x: Tensor) -> Tensor:
+        return newton_root(lambda z, x: z - module.step(z, x), torch.zeros_like(x), x)
+
+    return Layer(
+        "equilibrium module", call, lambda g: (_randn(g, 2),), leading=False, reference=reference, module=_Equilibrium
+    )
+
+
+def _qp_inputs(generator: torch.Generator) -> Inputs:
+    # At the solution one row of G and one bound are active, with multipliers away from zero.
+    factor = torch.eye(3, dtype=torch.float64) + _randn(generator, 3, 3, scale=0.1)
+    q = torch.tensor([-4.0, 0.5, 4.0], dtype=torch.float64) + _randn(generator, 3, scale=0.1)
+    G = torch.tensor([[1.0, 0.3, 0.0], [0.0, 1.0, 0.2]], dtype=torch.float64) + _randn(generator, 2, 3, scale=0.05)
+    h = torch.tensor([0.5, 4.0], dtype=torch.float64) + _randn(generator, 2, scale=0.05)
+    A = torch.tensor([[0.2, 1.0, 0.3]], dtype=torch.float64) + _randn(generator, 1, 3, scale=0.05)
+    b = _randn(generator, 1, scale=0.2)
+    return factor @ factor.mT, q, G, h, A, b, torch.full((3,), -1.5, dtype=torch.float64), torch.full((3,), 2.0, dtype=torch.float64)
+
+
+def _qp() -> Layer:
+    def call(*inputs: Tensor, **options: str) -> Tensor:
+        return torch.cat(solve_qp(*inputs, **options)[:4], -1)
+
+    def residual(s: Tensor, *inputs: Tensor) -> Tensor:
+        P, q, G, h, A, b, lb, ub = inputs
+        x, y, z, w = s.split([3, 1, 2, 3])
+        gradient = (P + P.mT) @ x / 2 + q + A.mT @ y + G.mT @ z + w
+        box = torch.where(w > 0, x - ub, torch.where(w < 0, x - lb, w))
+        return torch.cat([gradient, A @ x - b, torch.where(z > 0, G @ x - h, z), box])
+
+    def reference(*inputs: Tensor) -> Tensor:
+        return newton_root(residual, call(*inputs).detach(), *inputs, steps=1)
+
+    def infeasible(P: Tensor, q: Tensor, G: Tensor, h: Tensor, A: Tensor, b: Tensor, lb: Tensor, ub: Tensor) -> Inputs:
+        return P, q, G, torch.full_like(h, -20.0), A, b, lb, ub
+
+    def unbounded(P: Tensor, q: Tensor, G: Tensor, h: Tensor, A: Tensor, b: Tensor, lb: Tensor, ub: Tensor) -> Inputs:
+        # The objective falls along (0, 0, −1), which no constraint sees but the bounds that are taken off.
+        free = torch.tensor([1.0, 1.0, 0.0], dtype=P.dtype)
+        return P * torch.outer(free, free), q, G * free, h, A * free, b, torch.full_like(lb, -torch.inf), torch.full_like(ub, torch.inf)
+
+    return Layer(
+        "solve_qp",
+        call,
+        _qp_inputs,
+        reference=reference,
+        failures=(
+            Failure("infeasible", infeasible, InfeasibleError, (Status.PRIMAL_INFEASIBLE,)),
+            Failure("unbounded", unbounded, UnboundedError, (Status.DUAL_INFEASIBLE,)),
+            Failure("NaN", _nan_in(1), NotConvergedError, (Status.NUMERICAL_ERROR,)),
+        ),
+        module=QPLayer,
+    )
+
+
+LAYERS: tuple[Layer, ...] = (
+    _square_root(),
+    _vector(),
+    _tree(),
+    _fixed_point("anderson"),
+    _fixed_point("picard"),
+    _expanding(),
+    _scipy(),
+    _loop(),
+    *(_linear(method) for method in ("lu", "cholesky", "cg", "normal_cg", "gmres", "bicgstab", "neumann")),
+    _linear_function("lu"),
+    _linear_function("gmres"),
+    _stationarity(),
+    _kkt(),
+    _proximal(),
+    _equilibrium(),
+    _qp(),
+)
+
+
+# What the checks share.
+
+
+def _leaves(inputs: Inputs) -> list[Tensor]:
+    return [part.detach().clone().requires_grad_() for part in inputs]
+
+
+def _weights(x: Tensor) -> Tensor:
+    """Fixed weights that tell the entries of ``x`` apart."""
+    return torch.linspace(0.6, 1.7, x.numel(), dtype=x.dtype).reshape(x.shape)
+
+
+def _loss(call: Function) -> Function:
+    """A nonlinear scalar function of the last dimensions of the layer's output (of one problem)."""
+
+    def loss(*inputs: Tensor) -> Tensor:
+        x = call(*inputs)
+        return (_weights(x) * (x + x * x)).sum()
+
+    return loss
+
+
+def _gradients(function: Function, inputs: Inputs) -> list[Tensor]:
+    """The gradient of ``function(*inputs).sum()``, zeros where it does not depend on an input."""
+    leaves = _leaves(inputs)
+    slopes = torch.autograd.grad(function(*leaves).sum(), leaves, allow_unused=True)
+    return [torch.zeros_like(leaf) if slope is None else slope for leaf, slope in zip(leaves, slopes, strict=True)]
+
+
+def _all(inputs: Inputs) -> tuple[int, ...]:
+    return tuple(range(len(inputs)))
+
+
+def _directions(inputs: Inputs, seed: int) -> Inputs:
+    generator = torch.Generator().manual_seed(seed)
+    return tuple(_randn(generator, *part.shape) for part in inputs)
+
+
+def _pair(left: Inputs, right: Inputs) -> Tensor:
+    return torch.stack([(a * b).sum() for a, b in zip(left, right, strict=True)]).sum()
+
+
+def _close(value: Tensor, exact: Tensor, tolerance: float, what: str = "") -> None:
+    error = relative_error(value, exact)
+    assert error <= tolerance, f"{what}: relative error {error:.1e}, shapes {tuple(value.shape)} and {tuple(exact.shape)}"
+
+
+def _all_close(values: Inputs | list[Tensor], exact: Inputs | list[Tensor], tolerance: float, what: str = "") -> None:
+    scale = max(float(part.detach().abs().max()) if part.numel() else 0.0 for part in exact)
+    for i, (value, true) in enumerate(zip(values, exact, strict=True)):
+        assert value.shape == true.shape, f"{what} {i}: shapes {tuple(value.shape)} and {tuple(true.shape)}"
+        error = float((value - true).detach().abs().max()) if true.numel() else 0.0
+        assert error <= tolerance * scale, f"{what} {i}: error {error:.1e} where the largest entry is {scale:.1e}"
+
+
+def _subsets(count: int) -> Iterator[tuple[int, ...]]:
+    """Each input alone, and all of them."""
+    yield from ((i,) for i in range(count))
+    if count > 1:
+        yield tuple(range(count))
+
+
+# The checks.
+
+
+def check_reference(layer: Layer) -> None:
+    """Value, Jacobian and second derivatives are those of the reference."""
+    inputs = layer.inputs()
+    every = _all(inputs)
+    _close(layer.call(*inputs), layer.reference(*inputs), 1e-9, "value")
+    _all_close(jacrev(layer.call, every)(*inputs), jacrev(layer.reference, every)(*inputs), layer.tolerance, "jacobian")
+    direction = _directions(inputs, 1)
+
+    def slope(call: Function) -> Function:
+        return lambda *inputs: _pair(grad(_loss(call), every)(*inputs), direction)
+
+    _all_close(grad(slope(layer.call), every)(*inputs), grad(slope(layer.reference), every)(*inputs), 10 * layer.tolerance, "second")
+
+
+def check_gradcheck(layer: Layer) -> None:
+    """First derivatives, reverse and forward, agree with finite differences, also under autograd's own vmap."""
+    inputs = tuple(_leaves(layer.inputs()))
+    assert torch.autograd.gradcheck(
+        layer.call, inputs, check_forward_ad=True, check_backward_ad=True, check_batched_grad=True, check_undefined_grad=True
+    )
+
+
+def check_gradgradcheck(layer: Layer) -> None:
+    """Second derivatives, reverse over reverse and forward over reverse, agree with finite differences."""
+    assert torch.autograd.gradgradcheck(layer.call, tuple(_leaves(layer.inputs())), check_fwd_over_rev=True, check_rev_over_rev=True)
+
+
+def check_jvp_against_vjp(layer: Layer) -> None:
+    """⟨g, J t⟩ = ⟨Jᵀ g, t⟩."""
+    inputs = layer.inputs()
+    tangents = _directions(inputs, 2)
+    x, pullback = vjp(layer.call, *inputs)
+    pushed = jvp(layer.call, inputs, tangents)[1]
+    _close((_weights(x) * pushed).sum(), _pair(pullback(_weights(x)), tangents), layer.tolerance)
+
+
+def check_second_derivatives(layer: Layer) -> None:
+    """The second derivative along two directions in all the arguments is the same in the four ways to take it."""
+    inputs = layer.inputs()
+    first, second = _directions(inputs, 3), _directions(inputs, 4)
+    weights = _weights(layer.call(*inputs))
+
+    def forward(*inputs: Tensor) -> Tensor:
+        return jvp(layer.call, inputs, first)[1]
+
+    def reverse(*inputs: Tensor) -> Tensor:
+        return _pair(vjp(layer.call, *inputs)[1](weights), first)
+
+    ways = {
+        "forward over forward": (weights * jvp(forward, inputs, second)[1]).sum(),
+        "reverse over forward": _pair(vjp(forward, *inputs)[1](weights), second),
+        "forward over reverse": jvp(reverse, inputs, second)[1],
+        "reverse over reverse": _pair(grad(reverse, _all(inputs))(*inputs), second),
+    }
+    exact = ways.pop("reverse over reverse")
+    scale = max(float(exact.abs()), float(weights.abs().max()))
+    for name, value in ways.items():
+        assert float((value - exact).abs()) <= 10 * layer.tolerance * scale, f"{name}: {value:.15g}, reverse over reverse: {exact:.15g}"
+
+
+def check_vmap(layer: Layer) -> None:
+    """vmap of the layer, of its gradient and of its second derivatives equals a loop, for each input batched and for all."""
+    batch, single = layer.batch(3), layer.inputs()
+    every = _all(single)
+    tangents = _directions(single, 5)
+    functions = {"value": layer.call, "grad": grad(_loss(layer.call), every), "jvp": lambda *p: jvp(layer.call, p, tangents)[1]}
+    for chosen in _subsets(len(single)):
+        mixed = [batch[i] if i in chosen else single[i] for i in every]
+        in_dims = tuple(0 if i in chosen else None for i in every)
+        for name, function in functions.items():
+            mapped = vmap(function, in_dims)(*mixed)
+            loop = [function(*(part[k] if i in chosen else part for i, part in enumerate(mixed))) for k in range(3)]
+            if isinstance(mapped, Tensor):
+                mapped, loop = (mapped,), [(part,) for part in loop]
+            _all_close(mapped, [torch.stack(parts) for parts in zip(*loop, strict=True)], layer.tolerance, f"{name}, batched {chosen}")
+    direction = _directions(single, 6)
+    slope = grad(lambda *p: _pair(grad(_loss(layer.call), every)(*p), direction), every)
+    loop = zip(*(slope(*(part[k] for part in batch)) for k in range(3)), strict=True)
+    _all_close(vmap(slope)(*batch), [torch.stack(parts) for parts in loop], 10 * layer.tolerance, "second derivatives")
+
+
+def check_vmap_nested(layer: Layer) -> None:
+    """Two nested vmaps, each over other inputs and along the last dimension, equal two loops."""
+    outer, inner = layer.batch(2), layer.batch(2)
+    single = layer.inputs(7)
+    for i, j in itertools.product(range(min(2, len(single))), range(len(single))):
+        if i == j and len(single) > 1:
+            continue
+
+        def function(a: Tensor, b: Tensor, i: int = i, j: int = j) -> Tensor:
+            parts = list(single)
+            parts[i], parts[j] = (a, b) if i != j else (a + b, a + b)
+            return grad(_loss(layer.call))(*parts)
+
+        rows, columns = outer[i], inner[j].movedim(0, -1)
+        mapped = vmap(lambda a: vmap(lambda b: function(a, b), in_dims=-1, out_dims=-1)(columns))(rows)  # noqa: B023
+        loop = torch.stack([torch.stack([function(a, columns[..., k]) for k in range(2)], -1) for a in rows])
+        _close(mapped, loop, layer.tolerance, f"inputs {i} and {j}")
+
+
+def check_batch(layer: Layer) -> None:
+    """Leading dimensions equal a loop, value and gradient; an input without them is shared and its gradient is the sum."""
+    batch, single = layer.batch(2, 2), layer.inputs()
+    for chosen in _subsets(len(single)):
+        mixed = tuple(batch[i] if i in chosen else part for i, part in enumerate(single))
+
+        def element(r: int, c: int, mixed: Inputs = mixed, chosen: tuple[int, ...] = chosen) -> Inputs:
+            return tuple(part[r, c] if i in chosen else part for i, part in enumerate(mixed))
+
+        loop = [[layer.call(*element(r, c)) for c in range(2)] for r in range(2)]
+        exact = torch.stack([torch.stack(row) for row in loop])
+        _close(layer.call(*mixed), exact, layer.tolerance, f"value, batched {chosen}")
+        weights = _weights(exact)
+        slopes = _gradients(lambda *p: weights * layer.call(*p), mixed)  # noqa: B023
+        wanted = [torch.zeros_like(part) for part in mixed]
+        for r, c in itertools.product(range(2), range(2)):
+            parts = _gradients(lambda *p: weights[r, c] * layer.call(*p), element(r, c))  # noqa: B023
+            for i, part in enumerate(parts):
+                (wanted[i][r, c] if i in chosen else wanted[i]).add_(part)
+        _all_close(slopes, wanted, layer.tolerance, f"gradient, batched {chosen}")
+
+
+def check_empty_batch(layer: Layer) -> None:
+    """A batch of none gives an output of none, and shared inputs the gradient zero."""
+    single = layer.inputs()
+    exact = layer.call(*single)
+    inputs = tuple(part.new_empty(0, *part.shape) if i == 0 else part for i, part in enumerate(single))
+    x = layer.call(*inputs)
+    assert x.shape == (0, *exact.shape)
+    assert x.dtype == exact.dtype
+    for slope, part in zip(_gradients(layer.call, inputs), inputs, strict=True):
+        assert slope.shape == part.shape
+        assert not slope.any()
+
+
+def check_float32(layer: Layer) -> None:
+    """float32 inputs give a float32 output and gradients near those in float64."""
+    inputs = layer.inputs()
+    halves = tuple(part.float() for part in inputs)
+    assert layer.call(*halves).dtype == torch.float32
+    _close(layer.call(*halves).double(), layer.call(*inputs), 1e-4, "value")
+    slopes = _gradients(_loss(layer.call), halves)
+    assert all(slope.dtype == torch.float32 for slope in slopes)
+    _all_close([slope.double() for slope in slopes], _gradients(_loss(layer.call), inputs), 2e-3, "gradient")
+
+
+def check_no_graph(layer: Layer) -> None:
+    """Nothing records a graph under no_grad or inference_mode, nor without an input that requires a gradient."""
+    leaves = _leaves(layer.inputs())
+    with torch.no_grad():
+        assert layer.call(*leaves).grad_fn is None
+    with torch.inference_mode():
+        _close(layer.call(*leaves), layer.call(*layer.inputs()), 1e-9)
+    if layer.module is None:
+        assert not layer.call(*layer.inputs()).requires_grad
+
+
+def check_no_mutation(layer: Layer) -> None:
+    """Inputs and cotangents are left as they were, by forward, backward and double backward."""
+    leaves = _leaves(layer.inputs())
+    x = layer.call(*leaves)
+    cotangent = _weights(x).requires_grad_()
+    watched = [*leaves, cotangent]
+    before = [(part.detach().clone(), part._version) for part in watched]
+    slopes = torch.autograd.grad(x, leaves, cotangent, create_graph=True, allow_unused=True)
+    total = torch.stack([(slope**2).sum() for slope in slopes if slope is not None]).sum()
+    torch.autograd.grad(total, watched, allow_unused=True)
+    for part, (value, version) in zip(watched, before, strict=True):
+        assert torch.equal(part, value)
+        assert part._version == version
+
+
+def check_cotangent_twice(layer: Layer) -> None:
+    """One cotangent used by two losses gives twice the gradient, and backward can be repeated."""
+    leaves = _leaves(layer.inputs())
+    x = layer.call(*leaves)
+    cotangent = _weights(x)
+    once = torch.autograd.grad(x, leaves, cotangent, retain_graph=True, allow_unused=True)
+    again = torch.autograd.grad(x, leaves, cotangent, retain_graph=True, allow_unused=True)
+    twice = torch.autograd.grad((x, x * 1), leaves, (cotangent, cotangent), allow_unused=True)
+    for first, second, both in zip(once, again, twice, strict=True):
+        if first is not None:
+            assert torch.equal(first, second)
+            _close(both, 2 * first, 1e-12)
+
+
+def check_noncontiguous(layer: Layer) -> None:
+    """Strides do not matter: transposed, expanded and sliced inputs give the same values and gradients."""
+    inputs = layer.inputs()
+    strided = tuple(torch.stack([part, part + 1], -1)[..., 0] for part in inputs)
+    flipped = tuple(part.mT.contiguous().mT if part.dim() > 1 else part for part in inputs)
+    exact, slopes = layer.call(*inputs), _gradients(_loss(layer.call), inputs)
+    for other in (strided, flipped):
+        _close(layer.call(*other), exact, 1e-10)
+        leaves = [part.requires_grad_() for part in other]
+        found = torch.autograd.grad(_loss(layer.call)(*leaves), leaves, allow_unused=True)
+        _all_close([torch.zeros_like(s) if f is None else f for f, s in zip(found, slopes, strict=True)], slopes, 1e-8)
+
+
+def check_each_input_alone(layer: Layer) -> None:
+    """The gradient of an input is the same whether or not the others require theirs."""
+    inputs = layer.inputs()
+    exact = _gradients(_loss(layer.call), inputs)
+    for i in range(len(inputs)):
+        leaves = [part.detach().clone().requires_grad_(k == i) for k, part in enumerate(inputs)]
+        (slope,) = torch.autograd.grad(_loss(layer.call)(*leaves), leaves[i], allow_unused=True)
+        _close(torch.zeros_like(inputs[i]) if slope is None else slope, exact[i], 1e-10, f"input {i}")
+
+
+def check_checkpoint(layer: Layer) -> None:
+    """Both kinds of activation checkpointing give the same gradient."""
+    inputs = layer.inputs()
+    exact = _gradients(_loss(layer.call), inputs)
+    for reentrant in (False, True):
+        leaves = _leaves(inputs)
+        checkpoint(_loss(layer.call), *leaves, use_reentrant=reentrant).backward()
+        found = [torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in leaves]
+        _all_close(found, exact, 1e-12, f"use_reentrant={reentrant}")
+
+
+def check_module(layer: Layer) -> None:
+    """The module form deep-copies, pickles and loads a state dict; the copy is its own, and says what it is."""
+    module, inputs = layer.module(), layer.inputs()
+    x = module(*inputs)
+    buffer = io.BytesIO()
+    torch.save(module, buffer)
+    buffer.seek(0)
+    fresh = layer.module()
+    fresh.load_state_dict(module.state_dict())
+    for other in (copy.deepcopy(module), pickle.loads(pickle.dumps(module)), torch.load(buffer, weights_only=False), fresh):
+        assert repr(other) == repr(module)
+        assert torch.equal(other(*inputs), x)
+        for parameter in other.parameters():
+            parameter.data.mul_(0.5)
+        if list(other.parameters()):
+            assert not torch.equal(other(*inputs), x)
+            slopes = torch.autograd.grad(other(*inputs).sum(), list(other.parameters()))
+            assert all(slope.any() for slope in slopes)
+        assert torch.equal(module(*inputs), x)
+
+
+def check_memory(layer: Layer) -> None:
+    """What backward keeps does not grow with the iterations."""
+    kept = {iterations: _bytes_kept(layer.limited(iterations), layer.inputs()) for iterations in (10, 1000)}
+    assert kept[1000] == kept[10], f"bytes kept for backward after 10 and 1000 iterations: {kept}"
+
+
+def _bytes_kept(call: Function, inputs: Inputs) -> tuple[int, int]:
+    """Bytes that autograd saves, and bytes in tensors that Python objects hold once only the output is left."""
+    saved = 0
+
+    def count(tensor: Tensor) -> Tensor:
+        nonlocal saved
+        saved += tensor.untyped_storage().nbytes()
+        return tensor
+
+    leaves = _leaves(inputs)
+    before = _living_bytes()
+    with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor), warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        x = call(*leaves)
+    assert x.requires_grad
+    return saved, _living_bytes() - before
+
+
+def _living_bytes() -> int:
+    gc.collect()
+    storages = {}
+    for item in gc.get_objects():
+        if issubclass(type(item), Tensor) and item.layout == torch.strided and not item.is_meta:
+            storages[item.untyped_storage().data_ptr()] = item.untyped_storage().nbytes()
+    return sum(storages.values())
+
+
+def check_failure_raises(layer: Layer) -> None:
+    """A problem without a solution raises its own kind of error, with the solution and the indices of the failed elements."""
+    for failure in layer.failures:
+        good = layer.inputs()
+        with pytest.raises(failure.error) as caught:
+            layer.call(*failure.spoil(*good))
+        assert caught.value.indices == [()], failure.name
+        assert Status(int(caught.value.solution.status)) in failure.statuses, failure.name
+        for run in _batched_forms(layer):
+            with pytest.raises(failure.error) as caught:
+                run(*_spoiled(layer, failure))
+            assert caught.value.indices == [(1,)], failure.name
+            status = caught.value.solution.status
+            assert Status(int(status[1])) in failure.statuses, failure.name
+            assert status[0] == status[2] == Status.SOLVED, failure.name
+
+
+def check_failure_nan(layer: Layer) -> None:
+    """With "nan" the failed element is NaN with zero gradient, and its neighbours do not notice, nor does a shared input."""
+    for failure in layer.failures:
+        batch, spoiled, single = layer.batch(3), _spoiled(layer, failure), layer.inputs(1)
+        bad = failure.spoil(*single)
+        untouched = [i for i, (a, b) in enumerate(zip(single, bad, strict=True)) if torch.equal(a, b)]
+        assert layer.call(*bad, on_failure="nan").isnan().all(), failure.name
+        for run in _batched_forms(layer, on_failure="nan"):
+            x = run(*spoiled)
+            assert x[1].isnan().all(), failure.name
+            _close(x[[0, 2]], run(*batch)[[0, 2]], 1e-12, failure.name)
+            slopes = _gradients(lambda *p: _weights(x) * run(*p).nan_to_num(), spoiled)  # noqa: B023
+            exact = _gradients(lambda *p: (_weights(x) * run(*p))[[0, 2]], batch)  # noqa: B023
+            _all_close([slope[[0, 2]] for slope in slopes], [slope[[0, 2]] for slope in exact], 1e-12, f"{failure.name}, gradient")
+            assert not any(slope[1].any() for slope in slopes), f"{failure.name}: the failed element has a gradient"
+            pushed = jvp(run, spoiled, _directions(spoiled, 8))[1]
+            _close(pushed[[0, 2]], jvp(run, batch, _directions(spoiled, 8))[1][[0, 2]], 1e-11, f"{failure.name}, tangent")
+        if layer.leading:
+            for i in untouched:
+                shared = tuple(single[k] if k == i else part for k, part in enumerate(spoiled))
+                slopes = _gradients(lambda *p: layer.call(*p, on_failure="nan")[[0, 2]], shared)
+                kept = tuple(single[k] if k == i else part[[0, 2]] for k, part in enumerate(spoiled))
+                exact = _gradients(layer.call, kept)
+                _close(slopes[i], exact[i], 1e-10, f"{failure.name}: gradient of input {i}, shared with a failed element")
+
+
+def check_failure_warns(layer: Layer) -> None:
+    """With "warn" the best iterate stays, a warning says so, and the neighbours do not notice."""
+    for failure in layer.failures:
+        spoiled, batch = _spoiled(layer, failure), layer.batch(3)
+        for run in _batched_forms(layer, on_failure="warn"):
+            with pytest.warns(ConvergenceWarning):
+                x = run(*spoiled)
+            _close(x[[0, 2]], run(*batch)[[0, 2]], 1e-12, failure.name)
+
+
+def check_options(layer: Layer) -> None:
+    """An unknown ``on_failure`` is refused, solvable or not."""
+    for inputs in (layer.inputs(), layer.failures[0].spoil(*layer.inputs())):
+        with pytest.raises(ValueError, match="on_failure"):
+            layer.call(*inputs, on_failure="ignore")
+
+
+def _spoiled(layer: Layer, failure: Failure) -> Inputs:
+    """Three problems, the one in the middle without a solution."""
+    problems = [layer.inputs(seed) for seed in range(3)]
+    problems[1] = failure.spoil(*problems[1])
+    return tuple(torch.stack(parts) for parts in zip(*problems, strict=True))
+
+
+def _batched_forms(layer: Layer, **options: str) -> list[Function]:
+    call = functools.partial(layer.call, **options)
+    return [vmap(call), *([call] if layer.leading else [])]
+
+
+def check_compile(layer: Layer) -> None:
+    """torch.compile (with graph breaks) gives the same value and gradient."""
+    inputs = layer.inputs()
+    compiled = torch.compile(_loss(layer.call), backend="aot_eager")
+    _close(compiled(*inputs), _loss(layer.call)(*inputs), 1e-12)
+    _all_close(_gradients(compiled, inputs), _gradients(_loss(layer.call), inputs), 1e-12)
+
+
+CHECKS: dict[str, Callable[[Layer], None]] = {name.removeprefix("check_"): check for name, check in list(globals().items()) if name.startswith("check_")}
+
+_NEEDS = {
+    "reference": "reference",
+    "module": "module",
+    "memory": "limited",
+    "batch": "leading",
+    "empty_batch": "leading",
+    "failure_raises": "failures",
+    "failure_nan": "failures",
+    "failure_warns": "failures",
+    "options": "failures",
+}
+
+
+def applies(check: str, layer: Layer) -> bool:
+    """Whether the layer has what the check looks at."""
+    return check not in _NEEDS or bool(getattr(layer, _NEEDS[check]))
