@@ -77,7 +77,7 @@ def _verdicts(layer: Layer, case: Planted) -> tuple[str, str | None]:
     try:
         point, found, said = gradients(layer, qp, cotangent)
     except Exception as error:  # whatever a contestant raises is its result
-        detail = f" for {error.indices}" if hasattr(error, "indices") else f": {str(error).strip().splitlines()[0][:40]}"
+        detail = f" for {error.indices}" if hasattr(error, "indices") else f": {str(error).strip().splitlines()[-1][:44]}"
         return f"raises {type(error).__name__}{detail}", None
     x, in_q = point.x.detach(), found[1]
     preface = "" if point.status is None else f"{Status(int(point.status[1])).name}, "

@@ -49,7 +49,7 @@ class Raveler:
         for leaf in unknowns:
             if leaf.dim() < batch_ndim or leaf.shape[:batch_ndim] != unknowns[0].shape[:batch_ndim]:
                 shapes = ", ".join(str(tuple(leaf.shape)) for leaf in unknowns)
-                raise ShapeError(f"with batch_ndim={batch_ndim} the leaves must share their first {batch_ndim} dimensions, got shapes {shapes}")
+                raise ShapeError(f"with batch_ndim={batch_ndim} the leaves must share their first dimensions, got shapes {shapes}")
             if leaf.dtype != unknowns[0].dtype or leaf.device != unknowns[0].device:
                 kinds = ", ".join(f"{leaf.dtype} on {leaf.device}" for leaf in unknowns)
                 raise ShapeError(f"the leaves must share one dtype and device, got {kinds}")

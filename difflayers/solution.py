@@ -42,7 +42,10 @@ _MESSAGES = {
         "the linear system is singular, so its solution (or the derivative) is not unique; look for redundant equations, "
         "for an unknown that no equation contains, or for a solution at a bifurcation"
     ),
-    Status.NUMERICAL_ERROR: "an iterate or an input is not finite, or the steps became too small to go on; check the inputs for NaN and inf, and scale the problem",
+    Status.NUMERICAL_ERROR: (
+        "an input or an iterate is not finite, a quadratic program is not convex, or the steps became too small to go on; "
+        "check the inputs for NaN and inf, P for negative eigenvalues, and scale the problem"
+    ),
     Status.NOT_TIGHT: "the relaxation was solved, but its solution does not satisfy the original constraints; see the residual",
 }
 

@@ -46,6 +46,7 @@ _EQUAL = 1e-12  # bounds no further apart than this, relatively, fix their varia
 _YOUNG = 5  # the first iterations do not ask whether to stop
 _FEW = 0.02  # share of the inequalities that may change in a guess at rest
 _EXACT = 1e-11  # relative KKT error of an active-set solution that ends its element
+_SOUND = 1e-8  # relative residual beyond which an attempted active set says nothing about a better one
 _CORRECTIONS = 2  # changes of the guessed active set after a failed attempt
 _BOUNDARY = 0.995  # share of the way to the boundary that a step may go
 _SCHUR_DAMPING = 1e-9  # keeps the multipliers of dependent equalities from drifting apart
@@ -268,7 +269,7 @@ class _Work:
         root = self.ratio.sqrt()
         pull = (length + growth) * root
         pull = pull if self.mask is None else pull * self.mask
-        spread = _typical(pull.abs()).square()
+        spread = torch.maximum(_typical(pull.abs()), 0.3 * pull.square().mean(-1, keepdim=True).sqrt()).square()
         away = (pull.square() + 4 * spread).sqrt()
         self.z, self.s = (away + pull) / 2 * root, (away - pull) / 2 / root
         self.r_s = self.s - self._slack(self.x)
@@ -328,7 +329,8 @@ class _Work:
             better = z > slack * self.ratio[index]
             better = better if self.mask is None else better & self.mask[index]
             count = (better != active).sum(-1).squeeze(-1)
-            again = (~good & (count > 0) & (count < violated)).nonzero().squeeze(-1)
+            sound = (residual <= _SOUND).squeeze(-1)
+            again = (~good & sound & (count > 0) & (count < violated)).nonzero().squeeze(-1)
             if again.numel() == 0:
                 break
             index, equations, violated = index[again], equations.take(again), count[again]

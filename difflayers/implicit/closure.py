@@ -173,7 +173,6 @@ class _Swap(TorchFunctionMode):
             return {key: self._replace(item) for key, item in node.items()}
         return node
 
-
     def _replace_tensor(self, tensor: Tensor) -> Tensor:
         level = _functorch.maybe_get_level(tensor)
         if id(tensor) in self.replacement or level <= self.level:

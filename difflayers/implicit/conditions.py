@@ -89,7 +89,9 @@ def kkt(
         x, *multipliers = solution
         constraints = [constraint for constraint in (equality, inequality) if constraint is not None]
         if len(multipliers) != len(constraints):
-            raise ValueError(f"expected x and one multiplier for each of {len(constraints)} constraints, got {len(multipliers)} multipliers")
+            raise ValueError(
+                f"expected x and one multiplier for each of {len(constraints)} constraints, got {len(multipliers)} multipliers"
+            )
 
         def lagrangian(x: Any) -> Tensor:
             terms = [(multiplier * constraint(x, *args)).sum() for multiplier, constraint in zip(multipliers, constraints, strict=True)]

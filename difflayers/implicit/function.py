@@ -5,12 +5,14 @@ Let x(θ) solve F(x, θ) = 0, with A = ∂F/∂x invertible there. The implicit 
 .. math:: \frac{∂x}{∂θ} = -A^{-1} \frac{∂F}{∂θ},
 
 so a cotangent g pulls back to ``(∂F/∂θ)ᵀ u`` with ``Aᵀ u + g = 0``, and a tangent t pushes forward to the v with
-``A v + (∂F/∂θ) t = 0``. Both are linear root problems in u and v, with the arguments (x, θ, g). They are handed to this same
-Function. So the solve inside a derivative is itself an implicit layer, and derivatives of any order in any nest of
-transforms follow from one rule. The linearization of a linear problem is the same operator again: order k costs k solves, not 2ᵏ nested ones.
+``A v + (∂F/∂θ) t = 0``. Both are linear root problems in u and v, with the arguments (x, θ, g). They are handed to this
+same Function. So the solve inside a derivative is itself an implicit layer, and derivatives of any order in any nest of
+transforms follow from one rule. The linearization of a linear problem is the same operator again: a derivative of order k
+costs k solves with it, not 2ᵏ nested ones.
 
-Under vmap the rule rebuilds the problem with one more batch dimension, so that solvers and factorizations always see
-plain tensors. If only the right-hand side of a linear problem is batched (``jacrev``), it becomes one more column of the same factorized system.
+Under vmap the rule rebuilds the problem with one more batch dimension, so that solvers and factorizations always see plain
+tensors. If only the right-hand side of a linear problem is batched (as in ``jacrev``), it becomes one more column of the
+same factorized system.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ from torch.autograd import forward_ad
 
 from ..pytree import is_floating
 from ..solution import OnFailure, Solution, Status, report_failures
-from ..solvers.linearize import block_jacobian, jvp, vjp
+from ..solvers.linearize import block_jacobian, jvp, vjp, without_saved_tensor_hooks
 from .methods import LinearMethod
 
 __all__ = ["ImplicitFunction", "Linearized", "Problem", "nan_where_failed", "solve_implicitly"]
@@ -132,7 +134,7 @@ class Problem(_Residual):
 
     def solve_linear(self, point: Sequence[Any], rhs: Tensor, transpose: bool, columns: bool) -> Solution:
         """Solve A u = rhs (or Aᵀ u = rhs) on plain tensors; with ``columns`` the first dimension of rhs counts right-hand sides."""
-        x, *theta = point
+        x = point[0]
         if self.linear.is_dense(x.shape[-1]):
             if self._factor is None:
                 self._factor = self.linear.factorize(self.matrix(point))
@@ -155,8 +157,10 @@ class Problem(_Residual):
         key = (in_dims, size, randomness)
         if key not in self._batched:
             residual = torch.func.vmap(self.residual, in_dims=(0, *in_dims), randomness=randomness)
-            self._batched[key] = _ElementwiseProblem(self, residual, in_dims, size) if self.elementwise else Problem(
-                residual, self.search, self.linear, batch_ndim=self.batch_ndim + 1, on_failure=self.on_failure
+            self._batched[key] = (
+                _ElementwiseProblem(self, residual, in_dims, size)
+                if self.elementwise
+                else Problem(residual, self.search, self.linear, batch_ndim=self.batch_ndim + 1, on_failure=self.on_failure)
             )
         return self._batched[key]
 
@@ -194,6 +198,7 @@ class Linearized(_Residual):
         self.base, self.transpose, self.columns, self.outermost = base, transpose, columns, outermost
 
     def residual(self, u: Tensor, *theta: Any) -> Tensor:
+        """A u + g, or Aᵀ u + g."""
         *point, g = theta
         operator = self.base.operator(point, self.transpose)
         if not self.columns:
@@ -201,6 +206,7 @@ class Linearized(_Residual):
         return torch.func.vmap(operator)(u.flatten(0, self.columns - 1)).reshape(g.shape) + g
 
     def find(self, u0: Tensor, theta: Sequence[Any]) -> Solution:
+        """Solve on plain tensors, and report the systems that have no solution."""
         *point, g = theta
         lead = g.shape[: self.columns]
         rhs = -(g.reshape(-1, *g.shape[self.columns :]) if self.columns > 1 else g)
@@ -212,27 +218,38 @@ class Linearized(_Residual):
             return found._replace(x=torch.where(finite, found.x, 0)) if self.base.on_failure == "nan" else found
         # A cotangent that is NaN is the caller's news, not a failure of the solve: it passes through as NaN.
         failed = (found.status != Status.SOLVED) & torch.isfinite(g).all(-1)
-        report_failures(found._replace(status=torch.where(failed, found.status, 0)), "the linear system behind a derivative", self.base.on_failure)
+        report_failures(
+            found._replace(status=torch.where(failed, found.status, 0)), "the linear system behind a derivative", self.base.on_failure
+        )
         if self.base.on_failure == "nan":
             found = found._replace(x=torch.where(failed.unsqueeze(-1), torch.nan, found.x))
         return found
 
     def point(self, u: Tensor, theta: Sequence[Any]) -> tuple[Any, ...]:
+        """Where the problem is linearized; the system is linear, so its own unknown does not matter."""
         return tuple(theta[:-1])
 
     def linearized(self, transpose: bool) -> Linearized:
+        """The same operator, or its transpose."""
         return Linearized(self.base, self.transpose != transpose, self.columns)
 
 
 class ImplicitFunction(torch.autograd.Function):
-    """(problem, x0, *θ) -> (x, diagnostics), the diagnostics usually status, residual and iterations; x is differentiable in the floating tensors of θ."""
+    """The map (problem, x0, *θ) -> (x, *diagnostics), differentiable in the floating tensors of θ.
+
+    The diagnostics are what ``problem.find`` returns after x: usually status, residual and iterations.
+    """
 
     @staticmethod
     def forward(problem: Problem | Linearized, x0: Tensor, *theta: Any) -> tuple[Tensor, ...]:
-        return tuple(problem.find(x0, theta))
+        """Solve; nothing of the iterations is kept."""
+        # Nothing in here is saved, and a residual may be a transform itself (conditions.stationarity), which the hooks of a checkpoint forbid.
+        with without_saved_tensor_hooks():
+            return tuple(problem.find(x0, theta))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        """Keep the solution and the arguments."""
         problem, _, *theta = inputs
         tensors = [leaf for leaf in theta if isinstance(leaf, Tensor)]
         ctx.problem = problem
@@ -245,6 +262,7 @@ class ImplicitFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, cotangent: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+        """Pull a cotangent back by one solve with Aᵀ."""
         count = len(ctx.constants)
         wanted = [i for i in range(count) if ctx.needs_input_grad[2 + i]]
         if cotangent is None or not wanted:
@@ -262,6 +280,7 @@ class ImplicitFunction(torch.autograd.Function):
 
     @staticmethod
     def jvp(ctx: Any, _problem: None, _x0: Tensor | None, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
+        """Push tangents forward by one solve with A."""
         problem = ctx.problem
         x, theta = _saved(ctx)
         moving = [i for i, tangent in enumerate(tangents) if tangent is not None and is_floating(theta[i])]
@@ -278,6 +297,7 @@ class ImplicitFunction(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], problem: Problem | Linearized, x0: Tensor, *theta: Any) -> tuple[Any, Any]:
+        """Solve the problem with one more batch dimension, or one more right-hand side."""
         _, x_dim, *dims = in_dims
         size = info.batch_size
         if isinstance(problem, Problem):

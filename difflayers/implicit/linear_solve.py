@@ -4,7 +4,8 @@ r"""Linear systems A u = b as a layer: by factorization or by products alone, di
 
 The adjoint system is solved by the same method, reusing the factorization where there is one.
 
-References: Giles, An extended collection of matrix derivative results for forward and reverse mode algorithmic differentiation, Oxford 2008;
+References: Giles, An extended collection of matrix derivative results for forward and reverse mode algorithmic
+differentiation, Oxford 2008;
 Saad, Iterative Methods for Sparse Linear Systems, SIAM 2003; Kaneda, Akar, Chen, Trevisan, Teran, A deep conjugate
 direction method for iteratively solving linear systems, ICML 2023 (learned preconditioners, ``truncation``).
 """
@@ -45,8 +46,8 @@ def linear_solve(
     """Solve A u = b, each problem of the batch on its own.
 
     Args:
-        A: a matrix ``(*batch, n, n)``, or the function ``u -> A u``, with b's structure, linear in u. A matrix without (some of) b's leading
-            dimensions is factorized once and shared. Tensors that the function closes over are differentiated.
+        A: a matrix ``(*batch, n, n)``, or the function ``u -> A u``, with b's structure, linear in u. A matrix without
+            (some of) b's leading dimensions is factorized once and shared. Tensors that the function closes over are differentiated.
         b: ``(*batch, n)``; for a function of any structure, with its first ``batch_ndim`` dimensions independent problems.
         method: "auto", "lu", "cholesky", "cg", "normal_cg", "gmres", "bicgstab", "neumann", or a callable
             ``(matvec, b) -> u``. "auto" factorizes up to 512 unknowns; above, it takes gmres, or cg if ``symmetric``.

@@ -47,7 +47,9 @@ class LinearMethod:
 
     def __post_init__(self) -> None:
         if not callable(self.method) and self.method not in METHODS:
-            raise ValueError(f"linear solver {self.method!r} is not known; choose one of {', '.join(METHODS)}, or a callable (matvec, b) -> u")
+            raise ValueError(
+                f"linear solver {self.method!r} is not known; choose one of {', '.join(METHODS)}, or a callable (matvec, b) -> u"
+            )
 
     def is_dense(self, n: int) -> bool:
         """Whether A is formed and factorized for ``n`` unknowns."""
@@ -74,7 +76,12 @@ class LinearMethod:
             # Symmetric does not mean definite; gmres takes the rows that conjugate gradients could not.
             again = linear.gmres(matvec, b, tol=self.tol, max_iter=self.max_iter)
             better = (found.status != Status.SOLVED) & (again.residual <= found.residual)
-            found = Solution(*(torch.where(better.unsqueeze(-1) if new.dim() == b.dim() else better, new, old) for new, old in zip(again, found, strict=True)))
+            found = Solution(
+                *(
+                    torch.where(better.unsqueeze(-1) if new.dim() == b.dim() else better, new, old)
+                    for new, old in zip(again, found, strict=True)
+                )
+            )
         if self.truncated:
             found = found._replace(status=torch.where(found.status == Status.MAX_ITER, int(Status.SOLVED), found.status))
         return found
@@ -90,7 +97,9 @@ class LinearMethod:
 def _as_solution(found: Any, matvec: MatVec, b: Tensor) -> Solution:
     if isinstance(found, Solution):
         return found
-    residual = torch.linalg.vector_norm(b - matvec(found), dim=-1) / torch.linalg.vector_norm(b, dim=-1).clamp_min(torch.finfo(b.dtype).tiny)
+    residual = torch.linalg.vector_norm(b - matvec(found), dim=-1) / torch.linalg.vector_norm(b, dim=-1).clamp_min(
+        torch.finfo(b.dtype).tiny
+    )
     finite = torch.isfinite(found).all(-1)
     status = torch.where(finite, int(Status.SOLVED), int(Status.NUMERICAL_ERROR))
     return Solution(found, status, residual, torch.zeros_like(status))

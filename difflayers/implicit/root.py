@@ -237,7 +237,13 @@ def custom_root(
 
 
 def root_vjp(
-    residual_fn: Callable[..., Any], x: Any, args: tuple[Any, ...], cotangent: Any, *, linear_solver: LinearSolver = "auto", symmetric: bool = False
+    residual_fn: Callable[..., Any],
+    x: Any,
+    args: tuple[Any, ...],
+    cotangent: Any,
+    *,
+    linear_solver: LinearSolver = "auto",
+    symmetric: bool = False,
 ) -> tuple[Any, ...]:
     """The cotangent of x pulled back to ``args`` through F(x, *args) = 0, at a known solution.
 
@@ -263,7 +269,13 @@ def root_vjp(
 
 
 def root_jvp(
-    residual_fn: Callable[..., Any], x: Any, args: tuple[Any, ...], tangents: tuple[Any, ...], *, linear_solver: LinearSolver = "auto", symmetric: bool = False
+    residual_fn: Callable[..., Any],
+    x: Any,
+    args: tuple[Any, ...],
+    tangents: tuple[Any, ...],
+    *,
+    linear_solver: LinearSolver = "auto",
+    symmetric: bool = False,
 ) -> Any:
     """The derivative of x along ``tangents`` of ``args`` through F(x, *args) = 0, at a known solution.
 
@@ -338,7 +350,13 @@ class _CallPerElement(_Call):
 
 
 def _attach(
-    solve: Callable[..., Any], residual_fn: Callable[..., Any], linear: LinearMethod, x0: Any, args: tuple[Any, ...], has_aux: bool, on_failure: OnFailure
+    solve: Callable[..., Any],
+    residual_fn: Callable[..., Any],
+    linear: LinearMethod,
+    x0: Any,
+    args: tuple[Any, ...],
+    has_aux: bool,
+    on_failure: OnFailure,
 ) -> Any:
     """Call ``solve`` on detached tensors, then attach its solution to ``args`` through the residual."""
     leaves, spec = _pytree.tree_flatten((x0, args))
@@ -368,7 +386,9 @@ def _as_solution(found: Any, raveler: Raveler, x0: Tensor, residual: Callable[[T
         return found._replace(x=x)
     x = found if isinstance(found, Tensor) and found.shape == x0.shape else raveler.ravel(found)
     if x.shape != x0.shape or x.dtype != x0.dtype:
-        raise ShapeError(f"the solver returned rows of shape {tuple(x.shape)} and {x.dtype} for a start of {tuple(x0.shape)} and {x0.dtype}")
+        raise ShapeError(
+            f"the solver returned rows of shape {tuple(x.shape)} and {x.dtype} for a start of {tuple(x0.shape)} and {x0.dtype}"
+        )
     size = torch.linalg.vector_norm(residual(x), dim=-1)
     status = torch.where(torch.isfinite(size), int(Status.SOLVED), int(Status.NUMERICAL_ERROR))
     if tol is not None:

@@ -148,6 +148,8 @@ def _minimize(
             hopeless = mu > 1 / eps
         x = torch.where(accept[..., None], trial, x)
         r = torch.where(accept[..., None], trial_r, r)
+        # A smaller sum of squares is the better iterate even if its gradient is not.
+        rows.residual = torch.where(accept & ~blind, torch.inf, rows.residual)
         hopeless = hopeless | (rows.idle >= 20)
         rows.settle(hopeless, relative(gradient.abs(), columns * extent.clamp_min(1)[..., None]).amax(-1))
         rows.stop(hopeless, Status.NUMERICAL_ERROR)

@@ -50,7 +50,9 @@ def jvp(function: Callable[..., Any], primals: tuple[Any, ...], tangents: tuple[
     primals = tuple(primal.contiguous() for primal in primals)
     if _forward_mode_nests():
         with without_saved_tensor_hooks():
-            return torch.func.jvp(function, primals, tangents)
+            value, tangent = torch.func.jvp(function, primals, tangents)
+        # Under vmap, torch 2.13 promotes the tangent of "0.2 * x" to float64 if x is a float32 scalar.
+        return value, tangent.to(value.dtype)
     value, pullback = vjp(function, *primals)
     # The pullback is linear in its cotangent, so its own pullback is the pushforward.
     _, pushforward = vjp(pullback, torch.zeros_like(value))
@@ -71,7 +73,8 @@ def block_jacobian(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
             columns = torch.func.vmap(lambda v: torch.func.jvp(function, (x,), (v,))[1])(basis)
         else:
             columns = torch.func.vmap(lambda v: jvp(function, (x,), (v,))[1])(basis)
-    return columns.movedim(0, -1)
+    # The tangents of scalars are promoted (see jvp).
+    return columns.movedim(0, -1).to(x.dtype)
 
 
 def value_and_grad(objective: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Tensor, Tensor]:
