@@ -8,7 +8,7 @@ from benchmarks import core, qp
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--short", action="store_true", help="a smoke run of less than a minute")
+    parser.add_argument("--short", action="store_true", help="a smoke run")
     short = parser.parse_args().short
     qp.main(short=short)
     core.main(short=short)

@@ -6,8 +6,8 @@ many rows as unknowns, and the box problem of total variation. Beside each time 
 * KKT: the largest entry of the optimality conditions at the returned primal and dual point, in the data as given;
 * gradient: relative, of each element in each parameter, against an exact reference.
 
-The reference owes nothing to a contestant but the guess of an active set. One LU factorization per element solves the linear KKT system of that set,
-the signs of its multipliers and slacks prove that the solution is the optimum, and torch differentiates through the LU.
+The reference owes nothing to a contestant but the guess of an active set. One LU factorization per element solves the linear KKT
+system of that set, the signs of its multipliers and slacks prove that the solution is the optimum, and torch differentiates through the LU.
 
 Run as ``python -m benchmarks.qp``: ``--all`` for larger sizes, ``--short`` for a smoke run.
 """
@@ -35,7 +35,7 @@ def main(*, short: bool = False, everything: bool = False) -> None:
     sizes, batches = ((10,), (1, 8)) if short else ((10, 50, 100), (1, 32, 128))
     if everything:
         sizes, batches = (10, 50, 100, 200), (1, 32, 128, 512)
-    last, budget = batches[-1], 0.1 if short else 4.0
+    last, budget = batches[-1], 0.1 if short else 3.0
     grid = [(n, batch) for n in sizes for batch in batches if n * n * batch <= 6e6]
     batched = [(f"n {n}, batch {batch}", random_qp(n, n, n // 4, batch)) for n, batch in grid]
     speed("m = n rows, p = n/4 equations, all parameters batched", batched, budget)
@@ -79,7 +79,11 @@ def speed(title: str, cases: list[tuple[str, QP]], budget: float) -> None:
         results = {name: _attempt(layer, qp, cotangent) for name, layer in layers.items()}
         points = [result[0] for result in results.values() if not isinstance(result, str)]
         exact = next((found for point in points if (found := reference(qp, cotangent, point)) is not None), None)
-        runs = {name: functools.partial(gradients, layers[name], qp, cotangent) for name, result in results.items() if not isinstance(result, str)}
+        runs = {
+            name: functools.partial(gradients, layers[name], qp, cotangent)
+            for name, result in results.items()
+            if not isinstance(result, str)
+        }
         clock = race(runs, budget=budget)
         cells: list[object] = [label]
         for name, result in results.items():
@@ -164,6 +168,6 @@ def gradient_error(qp: QP, found: tuple[Tensor, ...], exact: tuple[Tensor, ...])
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--all", action="store_true", help="also n = 200 and batches of 512: several minutes more")
-    parser.add_argument("--short", action="store_true", help="a smoke run of a few seconds")
+    parser.add_argument("--short", action="store_true", help="a smoke run")
     options = parser.parse_args()
     main(short=options.short, everything=options.all)

@@ -1,13 +1,14 @@
 """What QP layers do with problems that have no solution, or one that is hard to find.
 
 Each problem shares a batch with an ordinary one, whose fate is told, too. The solution is planted: x, the active rows and
-their multipliers are drawn first, then q and h are chosen so that they satisfy the optimality conditions. The exact gradient in q follows from the
-flat directions Z, in which no active row moves: dq = −Z (ZᵀPZ)⁻¹ Zᵀ dx.
+their multipliers are drawn first, then q and h are chosen so that they satisfy the optimality conditions. The exact gradient in q
+follows from the flat directions Z, in which no active row moves: dq = −Z (ZᵀPZ)⁻¹ Zᵀ dx.
 """
 
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -104,4 +105,6 @@ def _judge(case: Planted, x: Tensor, in_q: Tensor, cotangent: Tensor, i: int) ->
     gradient = float((in_q[i] - exact).norm() / exact.norm().clamp(min=1e-3))
     if not off <= _RIGHT:
         return f"WRONG x, off by {off:.0e}"
+    if math.isnan(gradient):
+        return "right, gradient NaN"
     return f"right, gradient WRONG by {gradient:.0e}" if not gradient <= _RIGHT else f"right ({off:.0e}, gradient {gradient:.0e})"

@@ -55,6 +55,7 @@ sphinx_gallery_conf = {
     "gallery_dirs": "auto_examples",
     "filename_pattern": r"\.py$",
     "ignore_pattern": r"__init__\.py",
+    "within_subsection_order": "ExampleTitleSortKey",
     "abort_on_example_error": False,
     "run_stale_examples": True,  # an example shows what the package does, and only the package may have changed
     "download_all_examples": False,

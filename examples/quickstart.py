@@ -181,3 +181,40 @@ print(f"{'':16}" + "".join(f"  seed {seed}" for seed in range(options.seeds)) + 
 for method, column in zip(METHODS, scores.T, strict=True):
     gain = (column - scores[:, 1]).mean()
     print(f"{method:16}" + "".join(f"{score:8.2f}" for score in column) + f"{column.mean():8.2f}  {gain:+.2f}")
+
+# %%
+# One line of an unseen photograph
+# --------------------------------
+# Below the reconstructions are the weights that the network chose: it read from the noisy line where the edges are, and asks the
+# layer to leave them alone and to smooth the rest harder than any single weight could.
+
+ROW, COLUMN = 232, 200
+clean = unseen[0][ROW, COLUMN : COLUMN + LENGTH]
+noisy = clean + NOISE * torch.randn(LENGTH, generator=torch.Generator().manual_seed(7))
+with torch.no_grad():
+    plain = total_variation(noisy[None], tuned_weight.expand(1, LENGTH - 1))[0]
+    weights, denoised = layered.weights(noisy[None])[0], layered(noisy[None])[0]
+
+figure, axes = plt.subplot_mosaic([["photo", "line"], ["gains", "weights"]], figsize=(13, 7), layout="constrained", width_ratios=(1, 2))
+axes["photo"].imshow(unseen[0], cmap="gray", vmin=0, vmax=1)
+axes["photo"].plot([COLUMN, COLUMN + LENGTH], [ROW, ROW], color="tab:red", linewidth=3)
+axes["photo"].set(title="a photograph never seen, and a line of it", xticks=[], yticks=[])
+axes["line"].plot(noisy, ".", color="0.6", label=f"noisy, {decibels(noisy, clean):.1f} dB")
+axes["line"].plot(clean, color="black", linewidth=1, label="clean")
+axes["line"].plot(plain, color="tab:blue", label=f"total variation, {decibels(plain, clean):.1f} dB")
+axes["line"].plot(denoised, color="tab:red", linewidth=2, label=f"network + layer, {decibels(denoised, clean):.1f} dB")
+axes["line"].set(ylabel="grey value", xlim=(-1, LENGTH), title="the line and its reconstructions")
+axes["line"].legend(frameon=False, fontsize=9)
+axes["weights"].axhline(tuned_weight, color="tab:blue", label="total variation: one weight for all")
+axes["weights"].bar(torch.arange(LENGTH - 1) + 0.5, weights, width=0.8, color="tab:red", label="chosen by the network")
+axes["weights"].set(yscale="log", xlabel="pixel", ylabel="weight of the difference", xlim=(-1, LENGTH), title="the weights: low where the edges are")
+axes["weights"].legend(frameon=False, fontsize=9)
+gains = scores[:, 2:] - scores[:, 1:2]
+axes["gains"].bar(METHODS[2:], gains.mean(0), color=("0.7", "tab:red"))
+axes["gains"].plot(METHODS[2:], gains.T, "o", color="black", markersize=4, label="each seed")
+axes["gains"].set(ylabel="dB", title="gain over total variation, unseen photographs")
+
+here = Path(__file__).parent if "__file__" in globals() else Path.cwd()
+(here / "figures").mkdir(exist_ok=True)
+figure.savefig(here / "figures" / "quickstart.png", dpi=150)
+print("figure saved: figures/quickstart.png")

@@ -406,9 +406,7 @@ def _equilibrium() -> Layer:
     def reference(x: Tensor) -> Tensor:
         return newton_root(lambda z, x: z - module.step(z, x), torch.zeros_like(x), x)
 
-    return Layer(
-        "equilibrium module", call, lambda g: (_randn(g, 2),), leading=False, reference=reference, module=_Equilibrium
-    )
+    return Layer("equilibrium module", call, lambda g: (_randn(g, 2),), leading=False, reference=reference, module=_Equilibrium)
 
 
 def _qp_inputs(generator: torch.Generator) -> Inputs:
@@ -600,7 +598,9 @@ def check_second_derivatives(layer: Layer) -> None:
     exact = ways.pop("reverse over reverse").detach()
     scale = max(float(exact.abs()), 1.0)
     for name, value in ways.items():
-        assert float((value.detach() - exact).abs()) <= 10 * layer.tolerance * scale, f"{name}: {value:.15g}, reverse over reverse: {exact:.15g}"
+        assert float((value.detach() - exact).abs()) <= 10 * layer.tolerance * scale, (
+            f"{name}: {value:.15g}, reverse over reverse: {exact:.15g}"
+        )
 
 
 def check_vmap(layer: Layer) -> None:
@@ -897,7 +897,9 @@ def check_compile(layer: Layer) -> None:
     _all_close(_gradients(compiled, inputs), _gradients(_loss(layer.call), inputs), 1e-12)
 
 
-CHECKS: dict[str, Callable[[Layer], None]] = {name.removeprefix("check_"): check for name, check in list(globals().items()) if name.startswith("check_")}
+CHECKS: dict[str, Callable[[Layer], None]] = {
+    name.removeprefix("check_"): check for name, check in list(globals().items()) if name.startswith("check_")
+}
 
 _NEEDS = {
     "reference": "reference",

@@ -1,7 +1,7 @@
 """Exact derivatives of a root by other means than the package: Newton's method, differentiated by autograd.
 
-The iterates are detached but the last two steps, each of which doubles the order to which derivatives are exact: up to
-order three. Systems go through ``torch.linalg.inv``, which is right under every nest of vmap, as ``torch.linalg.solve`` is not (torch 2.13).
+The iterates are detached but for the last two steps, which make derivatives exact up to order three. Systems go through
+``torch.linalg.inv``, which is right under every nest of vmap, as ``torch.linalg.solve`` is not (torch 2.13).
 """
 
 from __future__ import annotations

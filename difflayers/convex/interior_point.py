@@ -36,7 +36,7 @@ from .certificates import (
     proves_unbounded,
     recession_problem,
 )
-from .normal_equations import DenseQP, KKTError, KKTPoint, NormalEquations, kkt_error, product, stable_cholesky
+from .normal_equations import PENALTY, DenseQP, KKTError, KKTPoint, NormalEquations, kkt_error, product, stable_cholesky, take
 
 __all__ = ["DenseResult", "solve_dense"]
 
@@ -44,10 +44,11 @@ _ABSENT = 1e20  # limits beyond are none
 _CACHE = 1 << 30  # bytes of data that are worked on at once
 _EQUAL = 1e-12  # bounds no further apart than this, relatively, fix their variable
 _YOUNG = 5  # the first iterations do not ask whether to stop
-_FEW = 0.02  # share of the inequalities that may change in a guess at rest
+_CALM = 1  # changes of the guess since the last iteration that count as rest
 _EXACT = 1e-11  # relative KKT error of an active-set solution that ends its element
 _SOUND = 1e-8  # relative residual beyond which an attempted active set says nothing about a better one
-_CORRECTIONS = 2  # changes of the guessed active set after a failed attempt
+_CORRECTIONS = 1  # changes of an attempted active set
+_VIOLATED = 4  # an attempt that violates this many conditions or more is not corrected
 _BOUNDARY = 0.995  # share of the way to the boundary that a step may go
 _SCHUR_DAMPING = 1e-9  # keeps the multipliers of dependent equalities from drifting apart
 _PATIENCE = 15  # iterations without progress before an element is given up
@@ -143,6 +144,23 @@ def _replace(problem: DenseQP, dropped: Tensor) -> DenseQP:
     return DenseQP(**fields)
 
 
+class _Factor:
+    """Solves KΔx + AᵀΔy = force, AΔx = −r_y with the Cholesky factor L of K and the Schur complement YᵀY, Y = L⁻¹Aᵀ."""
+
+    def __init__(self, lower: Tensor, A: Tensor) -> None:
+        self.lower, self.equalities = lower, A.shape[1]
+        if self.equalities:
+            self.half = torch.linalg.solve_triangular(lower, A.mT, upper=False)
+            self.schur = stable_cholesky(self.half.mT @ self.half, _SCHUR_DAMPING)
+
+    def solve(self, force: Tensor, r_y: Tensor) -> tuple[Tensor, Tensor]:
+        half, dy = torch.linalg.solve_triangular(self.lower, force.mT, upper=False), r_y
+        if self.equalities:
+            dy = NormalEquations.solve(self.schur, half.mT @ self.half + r_y)
+            half = half - self.half @ dy.mT
+        return torch.linalg.solve_triangular(self.lower.mT, half, upper=True).mT, dy
+
+
 def _typical(values: Tensor) -> Tensor:
     """The geometric mean of the positive among ``values`` ``(B, 1, M)``, which one huge limit does not spoil; 1 if there are none."""
     positive = values > 0
@@ -195,7 +213,9 @@ class _Work:
 
     def __init__(self, run: _Run, ids: Tensor) -> None:
         self.run, self.ids, self.iteration = run, ids, 0
-        self.equations = run.equations if ids.shape[0] == run.problem.q.shape[0] else run.equations.take(ids)
+        whole = ids.shape[0] == run.problem.q.shape[0]
+        self.equations = run.equations if whole else run.equations.take(ids)
+        unit, lengths = (t if whole else take(t, ids) for t in (run.equations.unit, run.equations.lengths))
         problem = self.equations.problem
         self.n, self.m, self.p = problem.q.shape[1], problem.G.shape[1], problem.A.shape[1]
         self.fixed = self.pin = self.guess = self.tried = self.tried_mu = self.best = self.merit = self.age = None
@@ -210,15 +230,14 @@ class _Work:
                 self.fixed = fixed.unsqueeze(1)
                 self.pin = PINNED * self.equations.scale * self.fixed
         self.mask = None if bool(present.all()) else present.unsqueeze(1)
-        lengths = self.equations.lengths[..., self.p :].expand(limits.shape[0], 1, self.m)
+        lengths = lengths[..., self.p :].expand(limits.shape[0], 1, self.m)
         lengths = torch.cat((lengths, lengths.new_ones(limits.shape[0], 1, limits.shape[1] - self.m)), -1) if self.bounded else lengths
         distance = torch.where(present, limits, 0.0).unsqueeze(1).abs() / lengths.sqrt()
         self.size = _typical(distance)
         self.limits = torch.where(present.unsqueeze(1), limits.unsqueeze(1), self.size)
-        self.push = problem.q.abs().amax(-1).view(-1, 1, 1)
-        self.cost = self.equations.unit + 0.5 * self.push / self.size
-        self.ratio = self.cost / lengths
-        self.floor = -_EXACT * (1 + self.push) / lengths.sqrt()
+        push = problem.q.abs().amax(-1).view(-1, 1, 1)
+        self.ratio = (unit + 0.5 * push / self.size) / lengths
+        self.tolerance = -_EXACT * (1 + torch.cat((push / lengths.sqrt(), self.limits.abs()), 1))
 
     def resume(self, start: KKTPoint) -> None:
         """Try the active set of a solution of a problem nearby."""
@@ -262,10 +281,10 @@ class _Work:
         problem = self.equations.problem
         x = torch.zeros_like(problem.q) if self.fixed is None else torch.where(self.fixed.squeeze(1), problem.lb, 0.0)
         self.x, self.y = x.unsqueeze(1), torch.zeros_like(problem.b).unsqueeze(1)
-        self.r_y = product(self.x, self.equations.rows[:, : self.p].mT) - problem.b.unsqueeze(1)
+        self.r_y = product(self.x, self.equations.problem.A.mT) - problem.b.unsqueeze(1)
         length = -self._slack(self.x)
-        self._factorize(self.ratio)
-        self.x, self.y, self.r_y, growth = self._step(*self._direction(self._force(self.ratio * length)), 1.0)
+        dx, self.y = self._factorize(self.ratio).solve(self._force(self.ratio * length), self.r_y)
+        self.x, self.r_y, growth = self.x + dx, torch.zeros_like(self.r_y), self._inequalities(dx)
         root = self.ratio.sqrt()
         pull = (length + growth) * root
         pull = pull if self.mask is None else pull * self.mask
@@ -277,20 +296,21 @@ class _Work:
     def advance(self) -> None:
         """One predictor and corrector step."""
         weights = self.z / self.s
-        self._factorize(weights)
+        factor = self._factorize(weights)
         loads = weights * self.r_s
         force = self._force(loads)
-        growth = self._direction(force)[2]
+        growth = self._inequalities(factor.solve(force, self.r_y)[0])
         dz, ds = loads + weights * growth - self.z, -self.r_s - growth
         step = 1 / torch.maximum(-ds / self.s, -dz / self.z).amax(-1, keepdim=True).clamp(min=1)
         ahead = ((self.z + step * dz) * (self.s + step * ds)).mean(-1, keepdim=True)
         centre = ((ahead / self.mu).clamp(max=1) ** 3 * self.mu - ds * dz) / self.s
         loads = loads + centre
-        direction = self._direction(force - self._pull(centre))
-        dz, ds = loads + weights * direction[2] - self.z, -self.r_s - direction[2]
+        dx, dy = factor.solve(force - self._pull(centre), self.r_y)
+        growth = self._inequalities(dx)
+        dz, ds = loads + weights * growth - self.z, -self.r_s - growth
         step = 1 / (torch.maximum(-ds / self.s, -dz / self.z).amax(-1, keepdim=True) / _BOUNDARY).clamp(min=1)
-        self.x, self.y, self.r_y, _ = self._step(*direction, step)
-        self.z, self.s, self.r_s = self.z + step * dz, self.s + step * ds, (1 - step) * self.r_s
+        self.x, self.y, self.z, self.s = self.x + step * dx, self.y + step * dy, self.z + step * dz, self.s + step * ds
+        self.r_y, self.r_s = (1 - step) * self.r_y, (1 - step) * self.r_s
 
     def settle(self) -> Tensor:
         """Solve exactly where the guess of the active set came to rest; ``(B,)`` bool, the elements finished by that."""
@@ -300,7 +320,7 @@ class _Work:
         if self.guess is None:
             self.guess, self.tried, self.tried_mu = guess, torch.zeros_like(guess), self.mu
             return torch.zeros_like(self.ids, dtype=torch.bool)
-        calm = (guess != self.guess).sum(-1, keepdim=True) <= self.limits.shape[-1] * _FEW + 1
+        calm = (guess != self.guess).sum(-1, keepdim=True) <= _CALM
         calm = calm & ((guess != self.tried).any(-1, keepdim=True) | (self.mu < 1e-3 * self.tried_mu))
         self.guess = guess
         if not bool(calm.any()):
@@ -314,12 +334,11 @@ class _Work:
         whole = index.numel() == self.ids.numel()
         equations = self.equations if whole else self.equations.take(index)
         x, y, z = (self.x, self.y, self.z) if whole else (self.x[index], self.y[index], self.z[index])
-        solved, violated = torch.zeros_like(self.ids, dtype=torch.bool), self.z.shape[-1] * _FEW + 4
+        solved, violated = torch.zeros_like(self.ids, dtype=torch.bool), _VIOLATED
         for _ in range(_CORRECTIONS + 1):
             x, y, z, residual, factor = polish(equations, x, y, z, active, None if self.fixed is None else self.fixed[index])
             slack = self._slack(x, index, equations)
-            signs = (z >= self.floor[index]) & (slack >= -_EXACT * (1 + self.limits[index].abs()))
-            good = ((residual <= _EXACT) & signs.all(-1)).squeeze(-1)
+            good = (residual.squeeze(-1) <= _EXACT) & (torch.cat((z, slack), 1) >= self.tolerance[index]).flatten(1).all(-1)
             hits = good.nonzero().squeeze(-1)
             if hits.numel():
                 self.run.record(self.ids[index[hits]], hits, self._point(x, y, z), factor, self.iteration)
@@ -367,7 +386,7 @@ class _Work:
         self.merit = torch.minimum(self.merit, merit)
         over = (self.merit <= 1e-2 * self.run.tol) | ~torch.isfinite(self.x).all(-1, keepdim=True)
         if watch:
-            size = _DIVERGED * self.equations.size
+            size = _DIVERGED * self.size
             infeasible = -value > size * pull.abs().amax(-1, keepdim=True)
             unbounded = (self.x.abs().amax(-1, keepdim=True) > size) & (100 * bend < -fall)
             over = over | infeasible | unbounded
@@ -390,51 +409,32 @@ class _Work:
         point = KKTPoint(*(None if old is None else torch.where(better, new, old) for old, new in zip(*points, strict=True)))
         self.run.record(self.ids[index], torch.arange(index.numel(), device=index.device), point, factor, self.iteration)
 
-    def _factorize(self, weights: Tensor) -> None:
-        """The Cholesky factor L of K and, for the equalities, Y = L⁻¹Aᵀ and the factor of the Schur complement YᵀY."""
+    def _factorize(self, weights: Tensor) -> _Factor:
         diagonal = None
         if self.bounded:
             lower, upper = self._bounds(weights)
             diagonal = lower + upper
             diagonal = diagonal if self.pin is None else diagonal + self.pin
-        self.factor = self.equations.factorize(weights[..., : self.m], diagonal)
-        if self.p:
-            rows = self.equations.rows[:, : self.p]
-            self.half = torch.linalg.solve_triangular(self.factor, rows.mT, upper=False)
-            self.schur = stable_cholesky(self.half.mT @ self.half, _SCHUR_DAMPING)
+        return _Factor(self.equations.factorize(weights[..., : self.m], diagonal), self.equations.problem.A)
 
     def _force(self, loads: Tensor) -> Tensor:
         """−(Px + q) − Aᵀ(y + ε⁻¹ r_y) − Cᵀ loads, the right-hand side that K needs when z is eliminated."""
-        problem, loads_rows = self.equations.problem, loads[..., : self.m]
+        problem, load_rows = self.equations.problem, loads[..., : self.m]
         if self.p:
-            loads_rows = torch.cat((self.y + self.equations.equality_weights * self.r_y, loads_rows), -1)
-        pull = product(loads_rows, self.equations.rows)
+            load_rows = torch.cat((self.y + PENALTY * self.equations.row_scale[..., : self.p] * self.r_y, load_rows), -1)
+        pull = product(load_rows, self.equations.rows)
         pull = pull + self._bound_pull(loads) if self.bounded else pull
         return -(product(self.x, problem.P) + problem.q.unsqueeze(1) + pull)
 
-    def _pull(self, loads: Tensor) -> Tensor | float:
+    def _pull(self, loads: Tensor) -> Tensor:
         """Cᵀ loads."""
-        pull = product(loads[..., : self.m], self.equations.rows[:, self.p :]) if self.m else 0.0
+        pull = product(loads[..., : self.m], self.equations.problem.G)
         return pull + self._bound_pull(loads) if self.bounded else pull
 
-    def _direction(self, force: Tensor) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
-        """Δx and Δy from KΔx + AᵀΔy = force, AΔx = −r_y; then CΔx and EΔx."""
-        half, dy = torch.linalg.solve_triangular(self.factor, force.mT, upper=False), None
-        if self.p:
-            dy = NormalEquations.solve(self.schur, (self.half.mT @ half).mT + self.r_y)
-            half = half - self.half @ dy.mT
-        dx = torch.linalg.solve_triangular(self.factor.mT, half, upper=True).mT
-        rows_dx = product(dx, self.equations.rows.mT)
-        growth = rows_dx[..., self.p :]
-        if self.bounded:
-            growth = torch.cat((growth, self._signed(dx)), -1)
-        return dx, dy, growth, rows_dx
-
-    def _step(self, dx: Tensor, dy: Tensor | None, growth: Tensor, rows_dx: Tensor, step: Tensor | float) -> tuple[Tensor, ...]:
-        """x, y and r_y after the step, and CΔx."""
-        if dy is None:
-            return self.x + step * dx, self.y, self.r_y, growth
-        return self.x + step * dx, self.y + step * dy, self.r_y + step * rows_dx[..., : self.p], growth
+    def _inequalities(self, x: Tensor) -> Tensor:
+        """C x."""
+        value = product(x, self.equations.problem.G.mT)
+        return torch.cat((value, self._signed(x)), -1) if self.bounded else value
 
     def _slack(self, x: Tensor, index: Tensor | slice = slice(None), equations: NormalEquations | None = None) -> Tensor:
         """The limits minus C x."""

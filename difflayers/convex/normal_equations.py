@@ -96,7 +96,7 @@ def take(tensor: Tensor | None, index: Tensor) -> Tensor | None:
 
 def product(vectors: Tensor, matrix: Tensor) -> Tensor:
     """Row vectors times a batched or a shared matrix: ``(B, R, k) · (B or 1, k, l)``."""
-    return vectors @ (matrix[0] if matrix.shape[0] == 1 else matrix)
+    return torch.bmm(vectors, matrix) if matrix.shape[0] == vectors.shape[0] else vectors @ matrix[0]
 
 
 def stable_cholesky(matrix: Tensor, damping: float = _ROUNDING) -> Tensor:
@@ -155,40 +155,37 @@ class NormalEquations:
     """
 
     def __init__(self, problem: DenseQP) -> None:
-        self.problem = problem
-        rows = _stack(problem.A, problem.G)
+        rows, p = _stack(problem.A, problem.G), problem.A.shape[1]
         absent = problem.h.isposinf()
         if bool(absent.any()):
             rows = rows * torch.cat((torch.ones_like(problem.b), (~absent).to(rows.dtype)), -1).unsqueeze(-1)
-        self.rows = rows
+        self.rows, self.problem = rows, problem._replace(A=rows[:, :p], G=rows[:, p:])
         squares = rows.square()
-        norms = squares.sum(-1, keepdim=True)
-        norms = torch.where(norms > 0, norms, 1.0)
-        spread = (squares / norms).sum(-2, keepdim=True)
-        self.lengths = norms.mT
-        self.size = _size(problem, norms.sqrt().squeeze(-1))
+        lengths = squares.sum(-1).unsqueeze(1)
+        self.lengths = torch.where(lengths > 0, lengths, 1.0)
+        self.size = _size(problem, self.lengths.squeeze(1).sqrt())
         diagonal = problem.P.diagonal(dim1=-2, dim2=-1).unsqueeze(1)
         unit = diagonal.mean(-1, keepdim=True)
         if not bool((unit > 0).all()):
             push = problem.q.abs().amax(-1).view(-1, 1, 1) / self.size
             unit = torch.where(unit > 0, unit, torch.where(push > 0, push, 1.0))
-        self.unit = unit
-        self.scale = diagonal.abs() + self.unit * (spread + 1e-3)
+        self.scale = diagonal.abs() + unit * (self.lengths.reciprocal() @ squares + 1e-3)
         along = product(self.scale.reciprocal(), squares.mT)
-        self.row_scale = torch.where(along > 0, along.reciprocal(), 0.0)
-        p = problem.A.shape[1]
-        self.equality_weights = PENALTY * self.row_scale[..., :p]
-        self.base = problem.P + torch.diag_embed((_DAMPING * self.scale).squeeze(1))
+        self.unit, self.row_scale = unit, torch.where(along > 0, along.reciprocal(), 0.0)
+        damping = _DAMPING * self.scale.squeeze(1)
+        self.base = problem.P.expand(max(problem.P.shape[0], damping.shape[0]), -1, -1).clone()
+        self.base.diagonal(dim1=-2, dim2=-1).add_(damping)
         if p:
-            equalities = problem.A if rows.shape[0] == 1 else rows[:, :p]
-            self.base = self.base + (equalities * self.equality_weights.mT).mT @ equalities
+            weighted = self.problem.A * (PENALTY * self.row_scale[..., :p]).mT
+            self.base = torch.baddbmm(*_align(self.base, weighted.mT, self.problem.A))
 
     def take(self, index: Tensor) -> NormalEquations:
-        """The elements ``index`` of the batch."""
-        new = object.__new__(NormalEquations)
-        new.problem = self.problem.take(index)
-        for name in ("rows", "scale", "row_scale", "unit", "lengths", "size", "equality_weights", "base"):
+        """The elements ``index`` of the batch, for `factorize` and `solve`: the sizes that only a start needs are left behind."""
+        new, p = object.__new__(NormalEquations), self.problem.A.shape[1]
+        for name in ("rows", "scale", "row_scale", "base"):
             setattr(new, name, take(getattr(self, name), index))
+        P, q, _, h, _, b, lb, ub = self.problem
+        new.problem = DenseQP(take(P, index), q[index], new.rows[:, p:], h[index], new.rows[:, :p], b[index], take(lb, index), take(ub, index))
         return new
 
     def factorize(self, weights: Tensor, diagonal: Tensor | None) -> Tensor:
@@ -201,9 +198,7 @@ class NormalEquations:
         p = self.problem.A.shape[1]
         if weights.shape[-1]:
             rows = self.rows[:, p:]
-            batch, n = weights.shape[0], rows.shape[-1]
-            weighted = rows * weights.mT
-            matrix = torch.baddbmm(matrix.expand(batch, n, n), rows.mT.expand(batch, n, -1), weighted)
+            matrix = torch.baddbmm(*_align(matrix, rows.mT, rows * weights.mT))
         if diagonal is not None:
             matrix = matrix.expand(diagonal.shape[0], -1, -1).clone() if matrix is self.base else matrix
             matrix.diagonal(dim1=-2, dim2=-1).add_(diagonal.squeeze(1))
@@ -215,6 +210,11 @@ class NormalEquations:
         right = vectors.mT if factor.shape[0] > 1 or vectors.shape[0] == 1 else vectors.reshape(1, -1, vectors.shape[-1]).mT
         half = torch.linalg.solve_triangular(factor, right, upper=False)
         return torch.linalg.solve_triangular(factor.mT, half, upper=True).mT.reshape(vectors.shape)
+
+
+def _align(*matrices: Tensor) -> list[Tensor]:
+    batch = max(matrix.shape[0] for matrix in matrices)
+    return [matrix.expand(batch, -1, -1) for matrix in matrices]
 
 
 def _size(problem: DenseQP, norms: Tensor) -> Tensor:

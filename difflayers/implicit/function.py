@@ -111,6 +111,9 @@ class Problem(_Residual):
 
     def find(self, x0: Tensor, theta: Sequence[Any]) -> Solution:
         """Solve on plain tensors; a row that is not finite goes back to its starting point (its status tells)."""
+        if x0.numel() == 0:
+            status = torch.zeros(x0.shape[:-1], dtype=torch.int64, device=x0.device)
+            return Solution(x0.clone(), status, x0.new_zeros(x0.shape[:-1]), status.clone())
         found = self.search(lambda x: self.residual(x, *theta), x0, self.batch_ndim)
         finite = torch.isfinite(found.x).all(-1, keepdim=True)
         # The clone keeps a solver that returns x0 itself from turning an input into the output.
@@ -209,7 +212,7 @@ class Linearized(_Residual):
         """Solve on plain tensors, and report the systems that have no solution."""
         *point, g = theta
         lead = g.shape[: self.columns]
-        rhs = -(g.reshape(-1, *g.shape[self.columns :]) if self.columns > 1 else g)
+        rhs = -(g.flatten(0, self.columns - 1) if self.columns > 1 else g)
         found = self.base.solve_linear(point, rhs, self.transpose, self.columns > 0)
         found = Solution(*(part.reshape(*lead, *part.shape[1:]) if self.columns > 1 else part for part in found))
         if self.outermost:

@@ -11,6 +11,8 @@ torch 2.13), so the package's autograd Function calls them inside itself and giv
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -121,7 +123,7 @@ class DenseFactor:
             came = f"{tuple(b.shape)} {b.dtype}" if isinstance(b, Tensor) else type(b).__name__
             raise ShapeError(f"b must be a {A.dtype} tensor whose last dimensions are {tuple(batch)}, got {came}")
         rows, scale, finite = unit_scale(b)
-        columns = rows.reshape(-1, *batch).movedim(0, -1)
+        columns = rows.reshape(math.prod(b.shape[: b.dim() - len(batch)]), *batch).movedim(0, -1)
         x = self._apply(columns, transpose)
         residual = columns - A @ x
         correction = self._apply(residual, transpose)

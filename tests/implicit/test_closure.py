@@ -188,8 +188,8 @@ def test_derivatives_of_a_closed_over_tensor(layer) -> None:
 @pytest.mark.parametrize("layer", [plain, inside_a_transform, in_an_inner_layer, of_a_fixed_point, of_a_custom_solver])
 def test_checkpoint(layer, use_reentrant: bool) -> None:
     w = W.clone().requires_grad_()
-    (slope,) = torch.autograd.grad(checkpoint(loss(layer), w, use_reentrant=use_reentrant), w)
-    assert relative_error(slope, grad(loss(by_argument))(W)) < 1e-9
+    checkpoint(loss(layer), w, use_reentrant=use_reentrant).backward()
+    assert relative_error(w.grad, grad(loss(by_argument))(W)) < 1e-9
 
 
 @pytest.mark.parametrize("layer", [of_a_custom_solver, in_an_inner_custom_root])
@@ -270,7 +270,7 @@ def test_integer_tensor_closed_over_and_batched() -> None:
     table = torch.tensor([[0.3, 0.6], [1.1, -0.2], [0.5, 0.5]], dtype=torch.float64)
 
     def layer(which: Tensor, table: Tensor) -> Tensor:
-        return implicit_root(lambda x: explicit(x, table[which]))(START)
+        return implicit_root(lambda x: explicit(x, table.index_select(0, which.reshape(1))[0]))(START)
 
     which = torch.tensor([2, 0, 1, 0])
     slopes = vmap(hessian(lambda t, k: (layer(k, t) ** 2).sum()), (None, 0))(table, which)
