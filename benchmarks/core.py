@@ -103,7 +103,7 @@ def _torchopt_ridge(stationary: Callable[..., Tensor], closed_form: Solve) -> di
 def crossing(sizes: tuple[int, ...], budget: float) -> None:
     """The third table: backward passes at a known solution, nothing else."""
     columns = [("problem", 44), ("batch", -5), *((f"n {n}", -7) for n in sizes), ("equal at n", -10), ("batch·n²", -8)]
-    table = Table(f'Backward by Krylov iterations ÷ by a factorization ("auto" factorizes up to n = {DENSE_LIMIT})', columns)
+    table = Table(f'Backward by Krylov iterations ÷ by a factorization ("auto" factorizes up to batch·n² = {DENSE_LIMIT:.0e})', columns)
     problems = {
         "contraction x = tanh(Wx + θ), gmres ÷ lu": (_contraction, "gmres", "lu", False),
         "Hx + x³ = θ, cond(H) = 100, cg ÷ cholesky": (functools.partial(_definite, 1e2), "cg", "cholesky", True),

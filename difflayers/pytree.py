@@ -7,6 +7,7 @@ Leaves that are not floating tensors (integers, masks, None) are no unknowns: th
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -17,11 +18,16 @@ from torch.utils import _pytree
 
 from .errors import ShapeError
 
-__all__ = ["Raveler", "is_floating"]
+__all__ = ["Raveler", "is_differentiable", "is_floating"]
+
+
+def is_differentiable(leaf: Any) -> bool:
+    """Whether ``leaf`` is a real or complex floating tensor, which may carry a derivative."""
+    return isinstance(leaf, Tensor) and (leaf.is_floating_point() or leaf.is_complex())
 
 
 def is_floating(leaf: Any) -> bool:
-    """Whether ``leaf`` is a real floating tensor, the only kind of leaf that is solved for or differentiated."""
+    """Whether ``leaf`` is a real floating tensor, the only kind of leaf that is solved for."""
     return isinstance(leaf, Tensor) and leaf.is_floating_point()
 
 
@@ -71,10 +77,10 @@ class Raveler:
     def unravel(self, matrix: Tensor) -> Any:
         """The inverse of :meth:`ravel`, constants put back in their places."""
         batch = matrix.shape[:-1]
-        pieces = iter(
-            piece.reshape((*batch, *shape)) if len(shape) != 1 else piece
-            for piece, shape in zip(matrix.split(self.sizes, -1), self.shapes, strict=True)
-        )
+        # Narrowed, not split: what a split returns may not be modified in place.
+        ends = list(itertools.accumulate(self.sizes))
+        slices = [matrix] if len(ends) == 1 else [matrix.narrow(-1, end - size, size) for end, size in zip(ends, self.sizes, strict=True)]
+        pieces = iter(piece.reshape((*batch, *shape)) if len(shape) != 1 else piece for piece, shape in zip(slices, self.shapes, strict=True))
         leaves = [next(pieces) if yes else constant for yes, constant in zip(self.floating, self.constants, strict=True)]
         return _pytree.tree_unflatten(leaves, self.spec)
 

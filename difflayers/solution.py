@@ -29,7 +29,7 @@ class Status(IntEnum):
 
     @property
     def message(self) -> str:
-        """The user's message: what happened, what to try."""
+        """What happened and what to try, in words for the user."""
         return _MESSAGES[self]
 
 

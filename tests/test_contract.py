@@ -4,11 +4,20 @@ from __future__ import annotations
 
 import pytest
 
-from tests.contract import CHECKS, LAYERS, Layer, applies
+from tests.contract import CHECKS, applies
+from tests.layers import LAYERS, Layer
 
-SLOW = {"compile"}
+# The slow suite adds what takes long, and, for layers that are slow themselves, the nests that the others are tried on.
+SLOW = {"compile", "gradcheck_of_every_entry", "gradgradcheck_of_every_entry"}
+DEEP = {"vmap", "vmap_nested"}
+
+
+def marks(check: str, layer: Layer) -> list[pytest.MarkDecorator]:
+    return [pytest.mark.slow] if check in SLOW or (layer.heavy and check in DEEP) else []
+
+
 CASES = [
-    pytest.param(check, layer, id=f"{layer.name}-{check}", marks=[pytest.mark.slow] if check in SLOW else [])
+    pytest.param(check, layer, id=f"{layer.name}-{check}", marks=marks(check, layer))
     for layer in LAYERS
     for check in CHECKS
     if applies(check, layer)

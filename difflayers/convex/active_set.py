@@ -26,6 +26,7 @@ References:
 from __future__ import annotations
 
 import copy
+import math
 
 import torch
 from torch import Tensor
@@ -35,8 +36,9 @@ from .normal_equations import PENALTY, DenseQP, KKTPoint, NormalEquations, produ
 __all__ = ["ActiveSetFactor", "DenseQP", "KKTPoint", "polish"]
 
 PINNED = 1e30  # weight that fixes a variable: its column of the factor vanishes in floating point
-_REFINEMENTS = 12
-_ACCURACY = 5e-15  # relative residual at which refinement has nothing left to gain
+_SWEEPS = 3  # enough for all but ill-conditioned systems: the residual is not measured before
+_REFINEMENTS = 9  # sweeps after those, as long as they gain
+_ACCURACY = 1e-13  # relative residual at which refinement has nothing left to gain
 _CONVERGED = 1e-11  # a larger residual after refinement calls for the pseudoinverse
 _RANK = 1e-13  # eigenvalues below, relative to the largest, count as zero
 
@@ -204,15 +206,19 @@ class ActiveSetFactor:
         """
         rows, weights = self.equations.rows, self._weights
         best = None
-        for sweep in range(_REFINEMENTS):
-            curve, pull, value = product(x, self.problem.P), product(multipliers, rows), product(x, rows.mT)
-            gap_x, gap_rows = force - curve - pull, target - value
-            if sweep >= 2:  # two sweeps are enough for all but ill-conditioned systems
-                residual = self._residual(force, target, x, curve, pull, value, gap_x, gap_rows)
-                better = residual < torch.inf if best is None else residual < 0.5 * best[2]
-                current = (x, multipliers, residual, gap_x)
-                best = current if best is None else tuple(_select(better, new, old) for new, old in zip(current, best, strict=True))
-                if not bool((better & (residual > _ACCURACY)).any()):
+        for sweep in range(_SWEEPS + _REFINEMENTS):
+            curve, pull, gap_rows = product(x, self.problem.P), product(multipliers, rows), target - product(x, rows.mT)
+            gap_x = force - curve - pull
+            if sweep >= _SWEEPS:
+                current = (x, multipliers, self._residual((force, curve, pull), target, x, gap_x, gap_rows), gap_x)
+                if best is None:
+                    best = current
+                else:
+                    better = current[2] < 0.5 * best[2]
+                    best = tuple(_select(better, new, old) for new, old in zip(current, best, strict=True))
+                    if not bool(better.any()):
+                        break
+                if not bool((best[2] > _ACCURACY).any()):
                     break
             load = product(weights * gap_rows, rows) + gap_x
             dx = NormalEquations.solve(self._factor, load if self._pinned is None else load * ~self._pinned)
@@ -223,19 +229,18 @@ class ActiveSetFactor:
                 best = self._rescue(force, target, best, poor)
         return best
 
-    def _residual(self, force: Tensor, target: Tensor, x: Tensor, *terms: Tensor) -> Tensor:
-        """The largest equation error, over the largest term of its block; ``(B, R)``."""
-        curve, pull, value, gap_x, gap_rows = terms
+    def _residual(self, forces: tuple[Tensor, ...], target: Tensor, x: Tensor, gap_x: Tensor, gap_rows: Tensor) -> Tensor:
+        """The largest error of an equation over the largest term of its block, ``(B, R)``; rows are measured in the metric of the scale."""
         free = gap_x if self._pinned is None else gap_x * ~self._pinned
-        size = torch.maximum(torch.maximum(force.abs(), curve.abs()), pull.abs()).amax(-1)
-        residual = _ratio(free.abs().amax(-1), size)
+        residual = _ratio(free.abs().amax(-1), torch.stack(forces).abs().amax((0, -1)))
         if target.shape[-1] == 0:
             return residual
-        # rows are measured in the metric of the scale; |eᵀx| can cancel, so its size is that of its factors
-        metric = self.equations.row_scale.sqrt() * (self._weights > 0)
-        reach = (x.square() * self.equations.scale).sum(-1).sqrt()
-        size = torch.maximum((torch.maximum(target.abs(), value.abs()) * metric).amax(-1), reach)
-        return torch.maximum(residual, _ratio((gap_rows.abs() * metric).amax(-1), size))
+        metric = self._weights.sqrt()
+        # eᵀx can cancel, and at a vertex x itself: take the size of its factors, or of the x that the forces would move to.
+        scale = self.equations.scale
+        reach = torch.maximum((x.square() * scale).sum(-1), (forces[0].square() / scale).sum(-1))
+        reach = (PENALTY * reach).sqrt()
+        return torch.maximum(residual, _ratio((gap_rows * metric).abs().amax(-1), torch.maximum((target * metric).abs().amax(-1), reach)))
 
     def _rescue(self, force: Tensor, target: Tensor, best: tuple[Tensor, ...], index: Tensor) -> tuple[Tensor, ...]:
         """Replace the elements ``index`` by their least-squares solution of least norm, where that has the smaller residual."""
@@ -248,9 +253,9 @@ class ActiveSetFactor:
         x = torch.zeros_like(old[0]) if part._pinned is None else old[0] * part._pinned
         multipliers = torch.zeros_like(old[1])
         for _ in range(3):
-            curve, pull, value = product(x, part.problem.P), product(multipliers, part.equations.rows), product(x, part.equations.rows.mT)
-            gap_x, gap_rows = force - curve - pull, (target - value) * (part._weights > 0)
-            residual = part._residual(force, target, x, curve, pull, value, gap_x, gap_rows)
+            curve, pull = product(x, part.problem.P), product(multipliers, part.equations.rows)
+            gap_x, gap_rows = force - curve - pull, (target - product(x, part.equations.rows.mT)) * (part._weights > 0)
+            residual = part._residual((force, curve, pull), target, x, gap_x, gap_rows)
             better = ~(residual >= old[2])
             old = tuple(_select(better, a, b) for a, b in zip((x, multipliers, residual, gap_x), old, strict=True))
             free = gap_x if part._pinned is None else gap_x * ~part._pinned
@@ -282,4 +287,5 @@ def _select(mask: Tensor, new: Tensor, old: Tensor) -> Tensor:
 
 
 def _ratio(part: Tensor, whole: Tensor) -> Tensor:
+    """part / whole, and 0 / 0 = 0."""
     return torch.where(part > 0, part / whole, part)

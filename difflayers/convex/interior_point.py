@@ -43,7 +43,7 @@ __all__ = ["DenseResult", "solve_dense"]
 _ABSENT = 1e20  # limits beyond are none
 _CACHE = 1 << 30  # bytes of data that are worked on at once
 _EQUAL = 1e-12  # bounds no further apart than this, relatively, fix their variable
-_YOUNG = 5  # the first iterations do not ask whether to stop
+_YOUNG = 8  # the first iterations do not ask whether to stop
 _CALM = 1  # changes of the guess since the last iteration that count as rest
 _EXACT = 1e-11  # relative KKT error of an active-set solution that ends its element
 _SOUND = 1e-8  # relative residual beyond which an attempted active set says nothing about a better one
@@ -232,10 +232,10 @@ class _Work:
         self.mask = None if bool(present.all()) else present.unsqueeze(1)
         lengths = lengths[..., self.p :].expand(limits.shape[0], 1, self.m)
         lengths = torch.cat((lengths, lengths.new_ones(limits.shape[0], 1, limits.shape[1] - self.m)), -1) if self.bounded else lengths
+        push = problem.q.abs().amax(-1).view(-1, 1, 1)
         distance = torch.where(present, limits, 0.0).unsqueeze(1).abs() / lengths.sqrt()
         self.size = _typical(distance)
         self.limits = torch.where(present.unsqueeze(1), limits.unsqueeze(1), self.size)
-        push = problem.q.abs().amax(-1).view(-1, 1, 1)
         self.ratio = (unit + 0.5 * push / self.size) / lengths
         self.tolerance = -_EXACT * (1 + torch.cat((push / lengths.sqrt(), self.limits.abs()), 1))
 
@@ -284,7 +284,7 @@ class _Work:
         self.r_y = product(self.x, self.equations.problem.A.mT) - problem.b.unsqueeze(1)
         length = -self._slack(self.x)
         dx, self.y = self._factorize(self.ratio).solve(self._force(self.ratio * length), self.r_y)
-        self.x, self.r_y, growth = self.x + dx, torch.zeros_like(self.r_y), self._inequalities(dx)
+        self.x, self.r_y, growth = self.x + dx, self.r_y + product(dx, self.equations.problem.A.mT), self._inequalities(dx)
         root = self.ratio.sqrt()
         pull = (length + growth) * root
         pull = pull if self.mask is None else pull * self.mask

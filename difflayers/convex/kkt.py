@@ -49,7 +49,7 @@ class QPSolution(NamedTuple):
         status: ``(*batch,)`` codes of :class:`~difflayers.Status`.
         primal_residual: ``(*batch,)``, the largest violation of a constraint.
         dual_residual: ``(*batch,)``, the largest entry of the gradient of the Lagrangian.
-        duality_gap: ``(*batch,)``, |xᵀPx + qᵀx + bᵀy + hᵀz + bound terms|.
+        duality_gap: ``(*batch,)``, ``|xᵀPx + qᵀx + bᵀy + hᵀz + bound terms|``.
         iterations: ``(*batch,)`` int64.
     """
 
@@ -75,7 +75,8 @@ class Sizes(NamedTuple):
 
     def split(self, point: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """x, y, z and z_box of rows ``(..., n + p + m + n)``."""
-        x, y, z, z_box = point.split([self.n, self.p, self.m, self.n if self.boxed else 0], -1)
+        sizes = (self.n, self.p, self.m, self.n if self.boxed else 0)
+        x, y, z, z_box = (point.narrow(-1, sum(sizes[:i]), size) for i, size in enumerate(sizes))
         return x, y, z, z_box if self.boxed else None
 
     def start(self, previous: QPSolution | None, q: Tensor) -> Tensor:
@@ -118,9 +119,13 @@ class KKTProblem(Problem):
         found = solve_dense(problem, tol=self.options.tol, max_iter=self.options.max_iter, start=start)
         # A stationary point of a problem that is not convex satisfies the same conditions, and may be a maximum.
         found = found._replace(status=torch.where(_is_convex(problem.P, self.options.rounding), found.status, int(Status.NUMERICAL_ERROR)))
-        parts = [found.x, found.y, found.z]
+        x, sides = found.x, []
         if self.sizes.boxed:
-            parts.append(found.z_upper - found.z_lower)
+            z_box = found.z_upper - found.z_lower
+            lower, upper = _active_sides(z_box, problem.lb, problem.ub)
+            # A variable at its bound is at its bound, and not a rounding error beside it.
+            x, sides = torch.where(lower, problem.lb, torch.where(upper, problem.ub, x)), [z_box]
+        parts = [x, found.y, found.z, *sides]
         batch = self.sizes.batch
         point = torch.cat(parts, -1).reshape(*batch, -1)
         measured = [

@@ -18,55 +18,91 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._C import _functorch
+from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree
 from torch.utils.weak import TensorWeakRef
 
 from ..errors import DiffLayersError
 from ..solvers.linearize import without_saved_tensor_hooks
+from .context import Context
 
-__all__ = ["hoist", "visible_to_modes"]
+__all__ = ["Explicit", "hoist", "visible_to_modes"]
 
 
-def hoist(function: Callable[..., Any], *args: Any) -> tuple[Callable[..., Any], list[Tensor], Any]:
+def hoist(function: Callable[..., Any], *args: Any, of: Callable[..., Any] | None = None) -> tuple[Explicit, list[Tensor], Any]:
     """Turn the tensors that ``function`` closes over into arguments.
 
     Args:
         function: any function of ``args``; it is called once here, without recording a graph.
         args: pytrees, as in the calls to come.
+        of: the user's function that ``function`` wraps; what it sees is remembered for the calls to come.
 
     Returns:
         ``(explicit, captured, value)`` with ``explicit(captured, *args) == function(*args) == value``.
     """
     # Detached, the arguments are new objects: a tensor that is an argument and closed over, too, is then found in its second role.
     arguments = _pytree.tree_map(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, args)
+    context = Context(function if of is None else of)
     collect = _Collect(_tensors(_pytree.tree_leaves(arguments)))
     with torch.no_grad(), without_saved_tensor_hooks(), collect:
         value = function(*arguments)
     captured = collect.captured(value)
-    if not captured:
-        return (lambda _, *args: function(*args)), [], value
+    return Explicit(function, captured, context), captured, value
 
-    lift = False
 
-    def explicit(values: Sequence[Tensor], *args: Any) -> Any:
-        nonlocal lift
-        if all(new is old for new, old in zip(values, captured, strict=True)):
-            return function(*args)
-        # Views, so that an argument which is also closed over is not taken for its other role.
-        views = _pytree.tree_map(lambda leaf: leaf.view_as(leaf) if isinstance(leaf, Tensor) else leaf, args)
-        if not lift:
+class Explicit:
+    """A function whose closed-over tensors are its first argument; made by :func:`hoist`.
+
+    It sees the outside variables that it saw then. After :meth:`watch`, its next call also checks that it reads no tensor that it had not read.
+    """
+
+    def __init__(self, function: Callable[..., Any], captured: list[Tensor], context: Context) -> None:
+        self._function, self._captured, self._context = function, captured, context
+        self._lift = self._watched = False
+
+    def watch(self) -> None:
+        """Check the next call, which is the first one at the solution."""
+        self._watched = True
+
+    def __call__(self, values: Sequence[Tensor], *args: Any) -> Any:
+        """Call the function with ``values`` in the places of the captured tensors."""
+        with self._context.restored():
+            if self._watched:
+                self._watched = False
+                return self._call_watched(values, args)
+            if all(new is old for new, old in zip(values, self._captured, strict=True)):
+                return self._function(*args)
+            return self._call_swapped(values, _views(args))
+
+    def _call_swapped(self, values: Sequence[Tensor], args: Any) -> Any:
+        if not self._lift:
             try:
-                with _Swap(captured, values):
-                    return function(*views)
+                with _Swap(self._captured, values):
+                    return self._function(*args)
             except RuntimeError as error:
                 # functorch's own words for a tensor of one transform that meets another out of order.
                 if "INTERNAL ASSERT FAILED" not in str(error) or "functorch" not in str(error):
                     raise
-                lift = True
-        return _call_above(function, views, captured, values)
+                self._lift = True
+        return _call_above(self._function, args, self._captured, values)
 
-    return explicit, captured, value
+    def _call_watched(self, values: Sequence[Tensor], args: Any) -> Any:
+        args = _views(args)
+        lift = self._lift
+        collect = _Collect([*_tensors(_pytree.tree_leaves(args)), *values])
+        with collect:
+            value = self._call_swapped(values, args)
+        if self._lift != lift:  # what the first attempt had made may still be alive
+            return self._call_watched(values, args)
+        if any(_carries_a_derivative(tensor) for tensor in collect.captured(value)):
+            raise DiffLayersError(_PASS_IT.format("is read at the solution but not at the starting point (a branch, or a changed variable)"))
+        return value
+
+
+def _views(args: Any) -> Any:
+    # Views, so that an argument which is also closed over is not taken for its other role.
+    return _pytree.tree_map(lambda leaf: leaf.view_as(leaf) if isinstance(leaf, Tensor) else leaf, args)
 
 
 def visible_to_modes(tensors: Sequence[Any]) -> list[Any]:
@@ -87,7 +123,7 @@ def _call_above(function: Callable[..., Any], args: Sequence[Any], captured: Seq
     one of those, and refuse to wrap a closed-over tensor of that or a higher number before the value could be put in its
     place. Empty levels make room; nothing is differentiated at them.
     """
-    above = max(_functorch.maybe_get_level(tensor) for tensor in captured) - max(_current_level(), 0)
+    above = max((_functorch.maybe_get_level(tensor) for tensor in captured), default=0) - max(_current_level(), 0)
     levels = [_functorch._grad_increment_nesting() for _ in range(above)]
     try:
         with _Swap(captured, values):
@@ -147,6 +183,9 @@ class _Collect(TorchFunctionMode):
                 differentiated = differentiated or requires_grad
             if tensor is None or id(tensor) in made:
                 continue
+            constant = not _carries_a_derivative(tensor)
+            if constant and (differentiated or tensor.layout != torch.strided):
+                continue  # a constant may stay where it is, if it cannot be moved
             if differentiated:
                 # A value swapped in its place would be cut off from the transform that differentiates it.
                 raise DiffLayersError(_PASS_IT.format("is differentiated by a torch.func transform inside the function"))
@@ -184,7 +223,9 @@ class _Swap(TorchFunctionMode):
             return tensor
         if _functorch.is_batchedtensor(tensor):
             return _functorch._add_batch_dim(new, _functorch.maybe_get_bdim(tensor), level)
-        if tensor.requires_grad:
+        with torch._C.DisableTorchFunction():  # the modes around this one must not take the question for an operation
+            differentiated = tensor.requires_grad
+        if differentiated:
             raise DiffLayersError(_PASS_IT.format("is differentiated by a torch.func transform inside the function"))
         return _functorch._wrap_for_grad(new, level)
 
@@ -200,6 +241,12 @@ def _tensors(node: Any) -> list[Tensor]:
     if isinstance(node, tuple | list):
         return [tensor for item in node for tensor in _tensors(item)]
     return []
+
+
+def _carries_a_derivative(tensor: Tensor) -> bool:
+    if tensor.requires_grad or _functorch.is_functorch_wrapped_tensor(tensor):
+        return True
+    return forward_ad._current_level >= 0 and tensor.is_floating_point() and forward_ad.unpack_dual(tensor).tangent is not None
 
 
 def _current_level() -> int:

@@ -71,7 +71,7 @@ def implicit_fixed_point(
         batch_ndim: the first ``batch_ndim`` dimensions of every leaf of x index independent problems.
         tol: relative to the size of the fixed point; None follows the dtype.
         max_iter: iteration limit of the solver; the number of steps of "unroll" (100 if None).
-        neumann_terms: how many products with ∂T/∂x the mode "neumann" uses.
+        neumann_terms: how many terms of the series the mode "neumann" sums.
         phantom_steps: how many damped steps the mode "phantom" takes.
         damping: the weight τ of the new value in a phantom step, (1 − τ) x + τ T(x).
         on_failure: ``"raise"``, ``"nan"`` (failed elements are NaN and have zero gradient) or ``"warn"`` (best iterate).

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from ..pytree import is_floating
+from ..pytree import is_differentiable
 from ..solution import OnFailure, Solution, Status, report_failures
 from ..solvers.linearize import block_jacobian, jvp, vjp, without_saved_tensor_hooks
 from .methods import LinearMethod
@@ -138,7 +138,7 @@ class Problem(_Residual):
     def solve_linear(self, point: Sequence[Any], rhs: Tensor, transpose: bool, columns: bool) -> Solution:
         """Solve A u = rhs (or Aᵀ u = rhs) on plain tensors; with ``columns`` the first dimension of rhs counts right-hand sides."""
         x = point[0]
-        if self.linear.is_dense(x.shape[-1]):
+        if self.linear.is_dense(x):
             if self._factor is None:
                 self._factor = self.linear.factorize(self.matrix(point))
             return self._factor.solve(rhs, transpose=transpose)
@@ -276,7 +276,7 @@ class ImplicitFunction(torch.autograd.Function):
         adjoint = problem.linearized(transpose=True)
         u = _apply(adjoint, torch.zeros_like(cotangent), *point, cotangent)[0]
         gradients: list[Tensor | None] = [None] * count
-        wanted = [i for i in wanted if is_floating(theta[i])]
+        wanted = [i for i in wanted if is_differentiable(theta[i])]
         for i, gradient in zip(wanted, problem.pullback(x, theta, wanted, u), strict=True):
             gradients[i] = gradient
         return (None, None, *gradients)
@@ -286,7 +286,7 @@ class ImplicitFunction(torch.autograd.Function):
         """Push tangents forward by one solve with A."""
         problem = ctx.problem
         x, theta = _saved(ctx)
-        moving = [i for i, tangent in enumerate(tangents) if tangent is not None and is_floating(theta[i])]
+        moving = [i for i, tangent in enumerate(tangents) if tangent is not None and is_differentiable(theta[i])]
         # Forward mode is off inside this rule, which would silently drop the tangents of outer levels: it is
         # switched on again, and the tangents of this level are taken off the saved tensors.
         with forward_ad._set_fwd_grad_enabled(True):
@@ -351,4 +351,4 @@ def _saved(ctx: Any) -> tuple[Tensor, list[Any]]:
 
 
 def _primal(tensor: Tensor) -> Tensor:
-    return forward_ad.unpack_dual(tensor).primal if tensor.is_floating_point() else tensor
+    return forward_ad.unpack_dual(tensor).primal if is_differentiable(tensor) else tensor

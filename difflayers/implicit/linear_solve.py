@@ -50,7 +50,8 @@ def linear_solve(
             (some of) b's leading dimensions is factorized once and shared. Tensors that the function closes over are differentiated.
         b: ``(*batch, n)``; for a function of any structure, with its first ``batch_ndim`` dimensions independent problems.
         method: "auto", "lu", "cholesky", "cg", "normal_cg", "gmres", "bicgstab", "neumann", or a callable
-            ``(matvec, b) -> u``. "auto" factorizes up to 512 unknowns; above, it takes gmres, or cg if ``symmetric``.
+            ``(matvec, b) -> u``. "auto" factorizes small matrices (up to 2·10⁶ entries in a batch); above, it
+            takes gmres, or cg if ``symmetric``.
         symmetric: A is symmetric. It only chooses the method: every entry of A gets its own derivative.
         preconditioner: ``r -> approximately A⁻¹ r`` on rows ``(*batch, n)`` with any leading dimensions; not differentiated. It may be a
             learned network: cg then keeps ``truncation`` past directions.

@@ -17,8 +17,10 @@ __all__ = ["DENSE_LIMIT", "METHODS", "LinearMethod"]
 
 METHODS = ("auto", "lu", "cholesky", "cg", "normal_cg", "gmres", "bicgstab", "neumann")
 
-# Up to this many unknowns a factorization beats matrix-free iterations (benchmarks/core.py prints the crossing).
-DENSE_LIMIT = 512
+# A factorization beats matrix-free iterations up to about this many entries of all Jacobians of a batch together
+# (benchmarks/core.py prints the crossing), and small systems are factorized whatever their number.
+DENSE_LIMIT = 2_000_000
+_SMALL = 64
 
 MatVec = Callable[[Tensor], Tensor]
 
@@ -51,9 +53,11 @@ class LinearMethod:
                 f"linear solver {self.method!r} is not known; choose one of {', '.join(METHODS)}, or a callable (matvec, b) -> u"
             )
 
-    def is_dense(self, n: int) -> bool:
-        """Whether A is formed and factorized for ``n`` unknowns."""
-        return self.method in ("lu", "cholesky") or (self.method == "auto" and n <= DENSE_LIMIT and self.preconditioner is None)
+    def is_dense(self, x: Tensor) -> bool:
+        """Whether A is formed and factorized for unknowns ``(*batch, n)``."""
+        n = x.shape[-1]
+        small = self.preconditioner is None and (n <= _SMALL or x.numel() * n <= DENSE_LIMIT)
+        return self.method in ("lu", "cholesky") or (self.method == "auto" and small)
 
     def factorize(self, matrix: Tensor) -> linear.DenseFactor:
         """Factorize A ``(*batch, n, n)``."""

@@ -21,7 +21,7 @@ from torch.utils import _pytree
 
 from .. import solvers
 from ..errors import ShapeError
-from ..pytree import Raveler
+from ..pytree import Raveler, is_floating
 from ..solution import OnFailure, Solution, Status, report_failures
 from .closure import hoist, visible_to_modes
 from .eager import eager
@@ -54,7 +54,8 @@ def implicit_root(
             is called as the solvers of :mod:`difflayers.solvers`, on rows ``(*batch, n)``; any other is called
             as ``solver(residual, x0)`` with x's own structure, once for each element that vmap adds.
         linear_solver: how the derivative's linear systems are solved: "auto", "lu", "cholesky", "cg", "normal_cg", "gmres",
-            "bicgstab", "neumann", or a callable ``(matvec, b) -> u``. "auto" is dense up to 512 unknowns, matrix-free above.
+            "bicgstab", "neumann", or a callable ``(matvec, b) -> u``. "auto" factorizes small Jacobians (up to 2·10⁶ entries in a batch),
+            and is matrix-free above.
         symmetric: ∂F/∂x is symmetric. It only chooses the solver; derivatives stay exact in every entry.
         has_aux: ``residual_fn`` returns ``(residual, aux)``; the callable then returns ``(x, aux)``, aux evaluated at the solution.
         batch_ndim: the first ``batch_ndim`` dimensions of every leaf of x index independent problems.
@@ -143,27 +144,34 @@ class ImplicitRoot:
             full = list(leaves)
             for i, tensor in zip(moving, tensors, strict=True):
                 full[i] = tensor
-            residual = self._residual(raveler.unravel(x), *_pytree.tree_unflatten(full, spec))
-            return raveler.ravel(residual)
+            return raveler.ravel(self._residual(raveler.unravel(x), *_pytree.tree_unflatten(full, spec)))
 
         tensors = [leaves[i] for i in moving]
-        explicit, captured, _ = hoist(rows, start, *tensors)
+        explicit, captured, first = hoist(rows, start, *tensors, of=self.residual_fn)
+        _check(first, start)
         split = len(captured)
 
         def residual(x: Tensor, *theta: Tensor) -> Tensor:
             return explicit(theta[:split], x, *theta[split:])
 
+        def find(residual: Callable[[Tensor], Tensor], x0: Tensor, batch_ndim: int) -> Solution:
+            found = self._find(raveler, residual, x0, batch_ndim)
+            explicit.watch()
+            return found
+
         problem = Problem(
-            residual,
-            functools.partial(self._find, raveler),
-            self.linear,
-            batch_ndim=self.batch_ndim,
-            elementwise=not self._is_batched,
-            on_failure=self.on_failure,
+            residual, find, self.linear, batch_ndim=self.batch_ndim, elementwise=not self._is_batched, on_failure=self.on_failure
         )
         start, *theta = visible_to_modes([start, *captured, *tensors])
+        if self.on_failure != "nan":
+            found = solve_implicitly(problem, start, theta)
+            return found._replace(x=raveler.unravel(found.x))
+        # A NaN in the data of one element would come back as 0 · NaN in its gradient, and in those of arguments that it shares.
+        lost = ~torch.isfinite(first).all(-1)
+        theta = [torch.where(torch.isnan(leaf) & lost.any(), 0, leaf) if is_floating(leaf) else leaf for leaf in theta]
         found = solve_implicitly(problem, start, theta)
-        return found._replace(x=raveler.unravel(nan_where_failed(found, self.on_failure)))
+        found = found._replace(status=torch.where(lost, int(Status.NUMERICAL_ERROR), found.status))
+        return found._replace(x=raveler.unravel(nan_where_failed(found, "nan")))
 
     def _residual(self, x: Any, *args: Any) -> Any:
         value = self.residual_fn(x, *args)
@@ -187,7 +195,7 @@ class ImplicitRoot:
             solver = self.solver if callable(self.solver) else getattr(solvers, self.solver)
             found = solver(function, x0, batch_ndim=batch_ndim, **options)
         solution = _as_solution(found, raveler, x0, residual, self.tol)
-        report_failures(solution, getattr(self.solver, "__name__", str(self.solver)), self.on_failure)
+        report_failures(solution._replace(x=raveler.unravel(solution.x)), getattr(self.solver, "__name__", str(self.solver)), self.on_failure)
         return solution
 
 
@@ -245,7 +253,7 @@ def root_vjp(
     linear_solver: LinearSolver = "auto",
     symmetric: bool = False,
 ) -> tuple[Any, ...]:
-    """The cotangent of x pulled back to ``args`` through F(x, *args) = 0, at a known solution.
+    """The cotangent of x pulled back to ``args`` through ``F(x, *args) = 0``, at a known solution.
 
     Args:
         residual_fn: ``(x, *args) -> residual`` with x's structure.
@@ -277,7 +285,7 @@ def root_jvp(
     linear_solver: LinearSolver = "auto",
     symmetric: bool = False,
 ) -> Any:
-    """The derivative of x along ``tangents`` of ``args`` through F(x, *args) = 0, at a known solution.
+    """The derivative of x along ``tangents`` of ``args`` through ``F(x, *args) = 0``, at a known solution.
 
     Args:
         residual_fn: ``(x, *args) -> residual`` with x's structure.
@@ -307,6 +315,13 @@ def _known_root(residual_fn: Callable[..., Any], x: Any, linear_solver: LinearSo
 def _stay(residual: Callable[..., Any], x0: Any, *, batch_ndim: int) -> Any:
     """The solver of a problem that is solved already."""
     return x0
+
+
+def _check(residual: Tensor, x: Tensor) -> None:
+    if residual.shape != x.shape:
+        raise ShapeError(f"the residual must have the shape of x: as rows it has {tuple(residual.shape)}, x has {tuple(x.shape)}")
+    if residual.dtype != x.dtype:
+        raise ShapeError(f"x is {x.dtype} and the residual {residual.dtype}; convert x or the arguments, so that both have one dtype")
 
 
 class _Call(Problem):

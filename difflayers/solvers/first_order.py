@@ -217,6 +217,8 @@ def _descend(
     _, gradient = value_and_grad(objective, y)
     s = first = first_stepsize(objective, x, gradient, stepsize)
     rows, momentum = Rows(x), torch.ones_like(s)
+    # Without momentum steps up to 2/L contract.
+    slack = 1.0 if acceleration else 1.5
     quiet, patience = torch.zeros_like(rows.iterations), torch.ones_like(rows.iterations)
     for k in range(max_iter):
         trial = step(raveler, y, gradient, s)
@@ -242,12 +244,14 @@ def _descend(
         _, gradient_ahead = value_and_grad(objective, ahead)
         accept = rows.running
         if stepsize is None:
-            bend, allowed = dot(gradient_ahead - gradient, ahead - y), divergence(ahead, y) / s
-            accept = accept & (bend <= allowed)
+            bend, distance = dot(gradient_ahead - gradient, ahead - y), divergence(ahead, y)
+            longest = slack * distance / bend
+            accept = accept & (s * bend <= slack * distance)
             # Each stepsize that proved too long doubles the wait before a longer one is tried.
             quiet, patience = torch.where(accept, quiet + 1, 0), torch.where(accept, patience, 2 * patience)
-            longer = (bend < 0.1 * allowed) & (quiet > patience)
-            s = torch.where(accept, torch.where(longer, 1.5 * s, s), s / 2)
+            longer = (s * bend < 0.1 * distance) & (quiet > patience) & uphill
+            shorter = torch.where(torch.isfinite(longest), longest, 0).clamp(0.1 * s, 0.9 * s)
+            s = torch.where(accept, torch.where(longer, 2 * s, s), shorter)
         x = torch.where(accept[..., None], trial, x)
         y = torch.where(accept[..., None], ahead, y)
         gradient = torch.where(accept[..., None], gradient_ahead, gradient)

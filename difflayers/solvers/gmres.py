@@ -126,6 +126,7 @@ def _cycle(rows: Systems, r: Tensor, columns: Tensor, preconditioner: MatVec | N
         rows.count(active)
         active = sound & ~happy & (columns > j + 1) & (rhs[..., j + 1].abs() > rows.target)
         if not bool(active.any()):
+            rhs[..., j + 1] = 0  # what the rotations left there is the residual, no weight of a column
             break
     weights = torch.linalg.solve_triangular(triangle, rhs[..., :most, None], upper=True)
     return (weights.mT @ pre[..., :most, :]).squeeze(-2)

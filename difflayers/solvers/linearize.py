@@ -66,15 +66,20 @@ def block_jacobian(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         function: maps the whole batch, each row on its own.
         x: ``(*batch, n)``, where to differentiate.
     """
-    n, x = x.shape[-1], x.contiguous()
-    basis = torch.eye(n, dtype=x.dtype, device=x.device).reshape(n, *[1] * (x.dim() - 1), n).expand(n, *x.shape)
+    x = x.contiguous()
+    value, pullback = vjp(function, x)
+    m, n = value.shape[-1], x.shape[-1]
     with without_saved_tensor_hooks():
-        if _forward_mode_nests():
-            columns = torch.func.vmap(lambda v: torch.func.jvp(function, (x,), (v,))[1])(basis)
-        else:
-            columns = torch.func.vmap(lambda v: jvp(function, (x,), (v,))[1])(basis)
-    # The tangents of scalars are promoted (see jvp).
+        if m <= 2 * n:
+            return torch.func.vmap(lambda u: pullback(u)[0])(_basis(value)).movedim(0, -2)
+        columns = torch.func.vmap(lambda v: jvp(function, (x,), (v,))[1])(_basis(x))
     return columns.movedim(0, -1).to(x.dtype)
+
+
+def _basis(like: Tensor) -> Tensor:
+    """The unit vectors of the last dimension, each for the whole batch: ``(n, *batch, n)``."""
+    n = like.shape[-1]
+    return torch.eye(n, dtype=like.dtype, device=like.device).reshape(n, *[1] * (like.dim() - 1), n).expand(n, *like.shape)
 
 
 def value_and_grad(objective: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Tensor, Tensor]:

@@ -58,7 +58,7 @@ def worst_kkt(problem, found):
         if "ub" in problem:
             worst += [x - problem["ub"], (found.z_box.clamp(min=0) * (problem["ub"] - x)).abs()]
     worst.append(gradient.abs())
-    return max(float(part.max()) for part in worst if part.numel())
+    return max(float(part.detach().max()) for part in worst if part.numel())
 
 
 def exact_gradients(problem, found, weight):
