@@ -80,7 +80,9 @@ class Raveler:
         # Narrowed, not split: what a split returns may not be modified in place.
         ends = list(itertools.accumulate(self.sizes))
         slices = [matrix] if len(ends) == 1 else [matrix.narrow(-1, end - size, size) for end, size in zip(ends, self.sizes, strict=True)]
-        pieces = iter(piece.reshape((*batch, *shape)) if len(shape) != 1 else piece for piece, shape in zip(slices, self.shapes, strict=True))
+        pieces = iter(
+            piece.reshape((*batch, *shape)) if len(shape) != 1 else piece for piece, shape in zip(slices, self.shapes, strict=True)
+        )
         leaves = [next(pieces) if yes else constant for yes, constant in zip(self.floating, self.constants, strict=True)]
         return _pytree.tree_unflatten(leaves, self.spec)
 

@@ -66,6 +66,7 @@ def polish(
     if problem.lb is not None and problem.ub is not None:
         lower, upper = active[..., m : m + n], active[..., m + n :]
         lower = lower if fixed is None else lower | fixed
+        upper = upper & ~lower
         x = torch.where(lower, problem.lb.unsqueeze(1), torch.where(upper, problem.ub.unsqueeze(1), x))
     factor = ActiveSetFactor(problem, *(None if t is None else t.squeeze(1) for t in (rows, lower, upper)), equations=equations)
     target = torch.cat((problem.b.unsqueeze(1), torch.where(rows, problem.h.unsqueeze(1), 0.0)), -1)

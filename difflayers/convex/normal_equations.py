@@ -30,6 +30,7 @@ from torch import Tensor
 
 __all__ = ["DenseQP", "KKTError", "KKTPoint", "NormalEquations", "kkt_error", "product", "stable_cholesky", "take"]
 
+ABSENT = 1e20  # limits of this size and beyond are none
 _DAMPING = 1e-10  # proximal term over the curvature of its column
 _ROUNDING = 1e-14  # diagonal entries grow by this share of themselves, so that rounding cannot make K indefinite
 PENALTY = 1e6  # weight of an equation over the curvature along it; its inverse is the contraction of one refinement

@@ -54,7 +54,8 @@ def hoist(function: Callable[..., Any], *args: Any, of: Callable[..., Any] | Non
 class Explicit:
     """A function whose closed-over tensors are its first argument; made by :func:`hoist`.
 
-    It sees the outside variables that it saw then. After :meth:`watch`, its next call also checks that it reads no tensor that it had not read.
+    It sees the outside variables that it saw then. After :meth:`watch`, its next call also checks that it reads no tensor that it
+    had not read.
     """
 
     def __init__(self, function: Callable[..., Any], captured: list[Tensor], context: Context) -> None:
@@ -96,7 +97,9 @@ class Explicit:
         if self._lift != lift:  # what the first attempt had made may still be alive
             return self._call_watched(values, args)
         if any(_carries_a_derivative(tensor) for tensor in collect.captured(value)):
-            raise DiffLayersError(_PASS_IT.format("is read at the solution but not at the starting point (a branch, or a changed variable)"))
+            raise DiffLayersError(
+                _PASS_IT.format("is read at the solution but not at the starting point (a branch, or a changed variable)")
+            )
         return value
 
 

@@ -2,8 +2,9 @@
 
 The pullback of a layer calls the residual at backward time. By then ``functional_call`` has put a module's own parameters
 back, and the loop in which a lambda was written has moved its variables on. The function would read other values than the forward
-pass did, and nothing would say so. A :class:`Context` remembers the variables that a function reads from outside (closure cells, globals, defaults of
-partials, parameters and buffers of modules, tensors of the object that a method belongs to) and puts them back while it runs.
+pass did, and nothing would say so. A :class:`Context` remembers the variables that a function reads from outside (closure
+cells, globals, parameters and buffers of modules, tensors of the object that a method belongs to) and puts them back while
+it runs.
 Variables that the function itself assigns, a counter for instance, are left alone.
 """
 
@@ -11,7 +12,7 @@ from __future__ import annotations
 
 import dis
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from types import CellType, CodeType, FunctionType, MethodType
 from typing import Any
@@ -38,7 +39,7 @@ class Context:
         self._visit(function, _DEPTH)
 
     @contextmanager
-    def restored(self) -> Iterator[None]:
+    def restored(self) -> Generator[None]:
         """The variables as they were, for the length of the block."""
         cells = [(cell, cell.cell_contents) for cell, value in self._cells if cell.cell_contents is not value]
         entries = [(home, name, home.get(name)) for home, name, value in self._entries if home.get(name) is not value]
@@ -76,7 +77,7 @@ class Context:
             self._visit_function(thing, depth)
         elif callable(thing) and not isinstance(thing, type) and hasattr(thing, "__dict__"):
             self._visit_attributes(vars(thing), depth)
-            self._visit(getattr(type(thing), "__call__", None), depth)
+            self._visit(type(thing).__call__, depth)
 
     def _visit_function(self, function: FunctionType, depth: int) -> None:
         code = function.__code__

@@ -30,5 +30,5 @@ def eager(function: Callable[_P, _R]) -> Callable[_P, _R]:
             disabled.append(sys.modules["torch._dynamo"].disable(function))
         return disabled[0](*args, **kwargs)
 
-    call._torchdynamo_disable = True  # type: ignore[attr-defined]
+    vars(call)["_torchdynamo_disable"] = True
     return call

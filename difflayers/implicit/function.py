@@ -246,7 +246,7 @@ class ImplicitFunction(torch.autograd.Function):
     @staticmethod
     def forward(problem: Problem | Linearized, x0: Tensor, *theta: Any) -> tuple[Tensor, ...]:
         """Solve; nothing of the iterations is kept."""
-        # Nothing in here is saved, and a residual may be a transform itself (conditions.stationarity), which the hooks of a checkpoint forbid.
+        # Nothing in here is saved, and a residual may be a transform itself, which the hooks of a checkpoint forbid.
         with without_saved_tensor_hooks():
             return tuple(problem.find(x0, theta))
 
@@ -264,9 +264,9 @@ class ImplicitFunction(torch.autograd.Function):
         ctx.set_materialize_grads(False)
 
     @staticmethod
-    def backward(ctx: Any, cotangent: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
         """Pull a cotangent back by one solve with Aᵀ."""
-        count = len(ctx.constants)
+        count, cotangent = len(ctx.constants), cotangents[0]
         wanted = [i for i in range(count) if ctx.needs_input_grad[2 + i]]
         if cotangent is None or not wanted:
             return (None,) * (2 + count)
@@ -282,25 +282,27 @@ class ImplicitFunction(torch.autograd.Function):
         return (None, None, *gradients)
 
     @staticmethod
-    def jvp(ctx: Any, _problem: None, _x0: Tensor | None, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
+    def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
         """Push tangents forward by one solve with A."""
         problem = ctx.problem
         x, theta = _saved(ctx)
-        moving = [i for i, tangent in enumerate(tangents) if tangent is not None and is_differentiable(theta[i])]
+        # The first two are those of the problem and of the starting point.
+        moving = [i for i, tangent in enumerate(tangents[2:]) if tangent is not None and is_differentiable(theta[i])]
         # Forward mode is off inside this rule, which would silently drop the tangents of outer levels: it is
         # switched on again, and the tangents of this level are taken off the saved tensors.
         with forward_ad._set_fwd_grad_enabled(True):
             x, *theta = [_primal(leaf) if isinstance(leaf, Tensor) else leaf for leaf in (x, *theta)]
             if not moving:
                 return (torch.zeros_like(x), *[None] * ctx.diagnostics)
-            drift = problem.pushforward(x, theta, moving, [tangents[i] for i in moving])
+            drift = problem.pushforward(x, theta, moving, [tangents[2 + i] for i in moving])
             forward = problem.linearized(transpose=False)
             v = _apply(forward, torch.zeros_like(x), *problem.point(x, theta), drift)[0]
         return (v, *[None] * ctx.diagnostics)
 
     @staticmethod
-    def vmap(info: Any, in_dims: tuple[Any, ...], problem: Problem | Linearized, x0: Tensor, *theta: Any) -> tuple[Any, Any]:
+    def vmap(info: Any, in_dims: tuple[Any, ...], *operands: Any) -> tuple[Any, Any]:
         """Solve the problem with one more batch dimension, or one more right-hand side."""
+        problem, x0, *theta = operands
         _, x_dim, *dims = in_dims
         size = info.batch_size
         if isinstance(problem, Problem):

@@ -195,7 +195,9 @@ class ImplicitRoot:
             solver = self.solver if callable(self.solver) else getattr(solvers, self.solver)
             found = solver(function, x0, batch_ndim=batch_ndim, **options)
         solution = _as_solution(found, raveler, x0, residual, self.tol)
-        report_failures(solution._replace(x=raveler.unravel(solution.x)), getattr(self.solver, "__name__", str(self.solver)), self.on_failure)
+        report_failures(
+            solution._replace(x=raveler.unravel(solution.x)), getattr(self.solver, "__name__", str(self.solver)), self.on_failure
+        )
         return solution
 
 
@@ -272,7 +274,7 @@ def root_vjp(
         >>> root_vjp(lambda x, a: x * x - a, torch.tensor(3.0), (torch.tensor(9.0),), torch.tensor(1.0))
         (tensor(0.1667),)
     """
-    _, pullback = torch.func.vjp(_known_root(residual_fn, x, linear_solver, symmetric), *args)
+    pullback = torch.func.vjp(_known_root(residual_fn, x, linear_solver, symmetric), *args)[1]
     return pullback(cotangent)
 
 
@@ -331,7 +333,7 @@ class _Call(Problem):
     """
 
     def __init__(self, solve: Callable[..., Any], rebuild: Callable[..., Any]) -> None:
-        super().__init__(_stay, _stay, LinearMethod())
+        super().__init__(solve, solve, LinearMethod())
         self.solve, self.rebuild = solve, rebuild
         self.spec: Any = None
         self.constants: list[Any] = []

@@ -34,14 +34,14 @@ def bisection(
         residual_fn: f, maps a tensor ``(*batch,)`` to one of the same shape, element by element.
         lower: ``(*batch,)``, one end of the brackets.
         upper: ``(*batch,)``, the other end; broadcast against ``lower``.
-        tol: length of the final bracket relative to |x|; None for 4 eps.
+        tol: length of the final bracket relative to ``|x|``; None for 4 eps.
         max_iter: halvings.
         check_bracket: raise if f has the same sign at both ends of an element; otherwise such an element ends with
             NUMERICAL_ERROR and the better of its two ends.
 
     Returns:
-        :class:`~difflayers.Solution`: x is the end or midpoint with the smallest |f| seen, the residual is the final bracket's length
-        relative to |x|. Where an end of the bracket is not finite, or f is NaN there, the status is NUMERICAL_ERROR.
+        :class:`~difflayers.Solution`: x is the end or midpoint with the smallest ``|f|`` seen, the residual is the final bracket's length
+        relative to ``|x|``. Where an end of the bracket is not finite, or f is NaN there, the status is NUMERICAL_ERROR.
 
     Raises:
         ShapeError: ``lower`` and ``upper`` are not floating tensors of one dtype, or f changes the shape.

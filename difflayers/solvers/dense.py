@@ -128,10 +128,14 @@ class DenseFactor:
         residual = columns - A @ x
         correction = self._apply(residual, transpose)
         # A correction as large as the solution means that rounding alone decides x, whatever the pivots looked like.
-        arbitrary = (torch.linalg.vector_norm(correction, dim=-2) > 0.1 * torch.linalg.vector_norm(x, dim=-2)).movedim(-1, 0).reshape(b.shape[:-1])
+        arbitrary = (
+            (torch.linalg.vector_norm(correction, dim=-2) > 0.1 * torch.linalg.vector_norm(x, dim=-2)).movedim(-1, 0).reshape(b.shape[:-1])
+        )
         refined = x + correction
         refined_residual = columns - A @ refined
-        better = torch.linalg.vector_norm(refined_residual, dim=-2, keepdim=True) <= torch.linalg.vector_norm(residual, dim=-2, keepdim=True)
+        better = torch.linalg.vector_norm(refined_residual, dim=-2, keepdim=True) <= torch.linalg.vector_norm(
+            residual, dim=-2, keepdim=True
+        )
         x = torch.where(better, refined, x).movedim(-1, 0).reshape(b.shape)
         size = norm(torch.where(better, refined_residual, residual).movedim(-1, 0).reshape(b.shape))
         norm_b = norm(rows)
@@ -148,9 +152,11 @@ class DenseFactor:
 
     def _apply(self, columns: Tensor, transpose: bool) -> Tensor:
         """The factors' inverse on ``(*batch, n, k)``."""
-        by_lu = None if self._lu is None else torch.linalg.lu_solve(*self._lu, columns, adjoint=transpose)
-        if self._lower is None:
-            return by_lu
-        half = torch.linalg.solve_triangular(self._lower, columns, upper=False)
-        x = torch.linalg.solve_triangular(self._lower.mT, half, upper=True)
-        return x if by_lu is None else torch.where(self._indefinite[..., None], by_lu, x)
+        x = columns
+        if self._lower is not None:
+            half = torch.linalg.solve_triangular(self._lower, columns, upper=False)
+            x = torch.linalg.solve_triangular(self._lower.mT, half, upper=True)
+        if self._lu is not None:
+            by_lu = torch.linalg.lu_solve(*self._lu, columns, adjoint=transpose)
+            x = torch.where(self._indefinite[..., None], by_lu, x)
+        return x

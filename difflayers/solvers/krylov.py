@@ -172,7 +172,8 @@ def bicgstab(
 ) -> Solution:
     """Stabilized bi-conjugate gradients for general A: constant memory, two products with A per iteration, no transpose.
 
-    Not for matrices with eigenvalues far from the real axis, skew-symmetric ones above all: there :func:`~difflayers.solvers.linear.gmres` works.
+    Not for matrices with eigenvalues far from the real axis, skew-symmetric ones above all: there
+    :func:`~difflayers.solvers.linear.gmres` works.
 
     Args:
         matvec, b, x0, tol, max_iter: as in :func:`cg`.

@@ -7,7 +7,7 @@ saved-tensor hooks of a checkpoint (then they are lifted while the solver looks 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,7 +19,7 @@ __all__ = ["block_jacobian", "jvp", "value_and_grad", "vjp", "without_saved_tens
 
 
 @contextmanager
-def without_saved_tensor_hooks() -> Iterator[None]:
+def without_saved_tensor_hooks() -> Generator[None]:
     """Lift the saved-tensor hooks (of checkpoint, of offloading) inside the block: torch.func transforms refuse to run under them."""
     hooks = []
     while (top := torch._C._autograd._top_saved_tensors_default_hooks(True)) is not None:
@@ -35,7 +35,7 @@ def without_saved_tensor_hooks() -> Iterator[None]:
 def vjp(function: Callable[..., Any], *primals: Any) -> tuple[Any, Callable[..., tuple[Any, ...]]]:
     """``function(*primals)`` and its pullback, as torch.func.vjp, but usable under saved-tensor hooks."""
     with without_saved_tensor_hooks():
-        value, pullback = torch.func.vjp(function, *primals)
+        value, pullback = torch.func.vjp(function, *primals)[:2]
 
     def apply(cotangent: Any) -> tuple[Any, ...]:
         with without_saved_tensor_hooks():
@@ -50,7 +50,7 @@ def jvp(function: Callable[..., Any], primals: tuple[Any, ...], tangents: tuple[
     primals = tuple(primal.contiguous() for primal in primals)
     if _forward_mode_nests():
         with without_saved_tensor_hooks():
-            value, tangent = torch.func.jvp(function, primals, tangents)
+            value, tangent = torch.func.jvp(function, primals, tangents)[:2]
         # Under vmap, torch 2.13 promotes the tangent of "0.2 * x" to float64 if x is a float32 scalar.
         return value, tangent.to(value.dtype)
     value, pullback = vjp(function, *primals)

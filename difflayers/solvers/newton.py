@@ -18,8 +18,8 @@ from torch import Tensor
 
 from ..pytree import Raveler
 from ..solution import Solution, Status
-from .gmres import gmres
 from .dense import lu_factor
+from .gmres import gmres
 from .linearize import block_jacobian, jvp
 from .loop import Rows, check_options, default_tol, norm, relative, scale_of
 

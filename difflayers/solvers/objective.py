@@ -29,7 +29,9 @@ def objective_on_rows(fun: Callable[[Any], Tensor], x0: Any, batch_ndim: int) ->
         value = fun(raveler.unravel(matrix))
         if not isinstance(value, Tensor) or value.shape != batch:
             came = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-            raise ShapeError(f"the objective must return one value per problem, shape {tuple(batch)} with batch_ndim={batch_ndim}, got {came}")
+            raise ShapeError(
+                f"the objective must return one value per problem, shape {tuple(batch)} with batch_ndim={batch_ndim}, got {came}"
+            )
         return value
 
     return raveler, objective, x

@@ -202,7 +202,7 @@ def test_custom_fixed_point_with_aux_and_structure() -> None:
 
 @pytest.mark.parametrize("keyword", ["backward", "solver", "linear_solver"])
 def test_unknown_names_are_refused(keyword: str) -> None:
-    with pytest.raises(ValueError, match="nonsense.*choose"):
+    with pytest.raises(ValueError, match=r"nonsense.*choose"):
         implicit_fixed_point(cell, **{keyword: "nonsense"})
 
 

@@ -455,7 +455,7 @@ def test_what_does_not_fit_is_refused(residual, x0, error, message: str) -> None
 
 @pytest.mark.parametrize("keyword", ["solver", "linear_solver", "on_failure"])
 def test_unknown_names_are_refused(keyword: str) -> None:
-    with pytest.raises(ValueError, match="nonsense.*choose"):
+    with pytest.raises(ValueError, match=r"nonsense.*choose"):
         implicit_root(square, **{keyword: "nonsense"})(ONE, scalar(4.0))
 
 
