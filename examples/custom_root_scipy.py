@@ -102,6 +102,7 @@ def fit(start: Tensor, log_penalty: Tensor, neighbours: Tensor, target: Tensor) 
 # --------------------------------
 # Both start from nothing, look at the same training and validation examples, and finally fit once more to all of them.
 
+
 def mean_error(coefficients: Tensor, neighbours: Tensor, target: Tensor) -> Tensor:
     """In grey levels of 255: what every penalty is chosen and judged by."""
     return 255 * (neighbours @ coefficients - target).abs().mean()

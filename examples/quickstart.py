@@ -93,8 +93,8 @@ def total_variation(noisy: Tensor, weights: Tensor) -> Tensor:
 
 def tune_weight(photographs: list[Tensor], generator: torch.Generator) -> Tensor:
     """The one weight that gives plain total variation the most decibels on the training photographs."""
-    clean, noisy = draw_lines(photographs, 512, generator)
-    grid = torch.linspace(0.1, 0.5, 17)
+    clean, noisy = draw_lines(photographs, 256, generator)
+    grid = torch.linspace(0.1, 0.5, 17)  # the best one is well inside
     scores = [decibels(total_variation(noisy, weight.expand(LENGTH - 1)), clean) for weight in tqdm(grid, desc="total variation: tuning")]
     return grid[torch.stack(scores).argmax()]
 
@@ -109,37 +109,39 @@ tuned_weight = tune_weight(seen, torch.Generator().manual_seed(0))
 # of the 64 pixels, its estimate of the noise.
 
 
-def convolutions(last_kernel: int, generator: torch.Generator, width: int = 16) -> nn.Sequential:
-    layers: list[nn.Module] = []
-    for depth in range(4):
-        layers += [nn.Conv1d(width if depth else 1, width, 5, dilation=2**depth, padding=2 ** (depth + 1)), nn.ReLU()]
-        nn.init.kaiming_normal_(layers[-2].weight, nonlinearity="relu", generator=generator)
-    layers += [nn.Conv1d(width, 1, last_kernel, padding=(last_kernel - 1) // 2)]
-    nn.init.zeros_(layers[-1].weight)
-    for convolution in layers[::2]:
-        nn.init.zeros_(convolution.bias)
-    return nn.Sequential(*layers)
+class Convolutions(nn.Sequential):
+    def __init__(self, last_kernel: int, generator: torch.Generator, width: int = 16) -> None:
+        layers: list[nn.Module] = []
+        for depth in range(4):
+            layers += [nn.Conv1d(width if depth else 1, width, 5, dilation=2**depth, padding=2 * 2**depth), nn.ReLU()]
+            nn.init.kaiming_normal_(layers[-2].weight, nonlinearity="relu", generator=generator)
+            nn.init.zeros_(layers[-2].bias)
+        last = nn.Conv1d(width, 1, last_kernel, padding=(last_kernel - 1) // 2)
+        nn.init.zeros_(last.weight)
+        nn.init.zeros_(last.bias)
+        super().__init__(*layers, last)
+
+    def forward(self, noisy: Tensor) -> Tensor:
+        scaled = (noisy - noisy.mean(-1, keepdim=True)) / NOISE
+        return super().forward(scaled.unsqueeze(1)).squeeze(1)
 
 
 class NetworkAlone(nn.Module):
     def __init__(self, generator: torch.Generator) -> None:
         super().__init__()
-        self.network = convolutions(5, generator)
+        self.network = Convolutions(5, generator)
 
     def forward(self, noisy: Tensor) -> Tensor:
-        scaled = (noisy - noisy.mean(-1, keepdim=True)) / NOISE
-        return noisy - NOISE * self.network(scaled.unsqueeze(1)).squeeze(1)
+        return noisy - NOISE * self.network(noisy)
 
 
 class NetworkWithLayer(nn.Module):
-    def __init__(self, generator: torch.Generator, tuned_weight: Tensor) -> None:
+    def __init__(self, generator: torch.Generator) -> None:
         super().__init__()
-        self.network = convolutions(4, generator)
-        self.tuned_weight = tuned_weight
+        self.network = Convolutions(4, generator)
 
     def weights(self, noisy: Tensor) -> Tensor:
-        scaled = (noisy - noisy.mean(-1, keepdim=True)) / NOISE
-        return self.tuned_weight * self.network(scaled.unsqueeze(1)).squeeze(1).exp()
+        return tuned_weight * self.network(noisy).exp()
 
     def forward(self, noisy: Tensor) -> Tensor:
         return total_variation(noisy, self.weights(noisy))
@@ -162,16 +164,18 @@ def train(model: nn.Module, generator: torch.Generator, label: str) -> None:
 # %%
 # Training and judging
 # --------------------
-# Every seed draws its own training lines, noise, initial networks and test lines.
+# Every seed draws its own training lines, noise, initial networks and test lines. Both networks get the same lines in the same order.
+# What the layer is worth is knowledge: that lines of photographs are piecewise flat need not be learned. In these few hundred steps
+# the network alone can't catch up; try ``--steps 3000``, and it nearly does.
 
 METHODS = ("noisy", "total variation", "network alone", "network + layer")
 scores = torch.zeros(options.seeds, len(METHODS))
 for seed in range(options.seeds):
     alone = NetworkAlone(torch.Generator().manual_seed(seed))
-    layered = NetworkWithLayer(torch.Generator().manual_seed(seed), tuned_weight)
+    layered = NetworkWithLayer(torch.Generator().manual_seed(seed))
     train(alone, torch.Generator().manual_seed(100 + seed), f"seed {seed}, network alone  ")
     train(layered, torch.Generator().manual_seed(100 + seed), f"seed {seed}, network + layer")
-    clean, noisy = draw_lines(unseen, 1000, torch.Generator().manual_seed(200 + seed))
+    clean, noisy = draw_lines(unseen, 512, torch.Generator().manual_seed(200 + seed))
     with torch.no_grad():
         estimates = (noisy, total_variation(noisy, tuned_weight.expand(LENGTH - 1)), alone(noisy), layered(noisy))
     scores[seed] = torch.stack([decibels(estimate, clean) for estimate in estimates])
@@ -186,8 +190,8 @@ for method, column in zip(METHODS, scores.T, strict=True):
 # %%
 # One line of an unseen photograph
 # --------------------------------
-# Below the reconstructions are the weights that the network chose: it read from the noisy line where the edges are, and asks the
-# layer to leave them alone and to smooth the rest harder than any single weight could.
+# Below the reconstructions are the weights that the network of the last seed chose. It read from the noisy line where the edges are,
+# and lets the layer smooth a lot where the line is flat and little where it is not: the step at pixel 60 keeps its height.
 
 ROW, COLUMN = 232, 200
 clean = unseen[0][ROW, COLUMN : COLUMN + LENGTH]
@@ -204,16 +208,16 @@ axes["line"].plot(noisy, ".", color="0.6", label=f"noisy, {decibels(noisy, clean
 axes["line"].plot(clean, color="black", linewidth=1, label="clean")
 axes["line"].plot(plain, color="tab:blue", label=f"total variation, {decibels(plain, clean):.1f} dB")
 axes["line"].plot(denoised, color="tab:red", linewidth=2, label=f"network + layer, {decibels(denoised, clean):.1f} dB")
-axes["line"].set(ylabel="grey value", xlim=(-1, LENGTH), title="the line and its reconstructions")
-axes["line"].legend(frameon=False, fontsize=9)
+axes["line"].set(title="the line and its reconstructions", ylabel="grey value", xlim=(-1, LENGTH))
 axes["weights"].axhline(tuned_weight, color="tab:blue", label="total variation: one weight for all")
 axes["weights"].bar(torch.arange(LENGTH - 1) + 0.5, weights, width=0.8, color="tab:red", label="chosen by the network")
-axes["weights"].set(yscale="log", xlabel="pixel", ylabel="weight of the difference", xlim=(-1, LENGTH), title="the weights: low where the edges are")
-axes["weights"].legend(frameon=False, fontsize=9)
+axes["weights"].set(title="the weights of the differences: low at the edges", xlabel="pixel", xlim=(-1, LENGTH), ylabel="weight")
 gains = scores[:, 2:] - scores[:, 1:2]
 axes["gains"].bar(METHODS[2:], gains.mean(0), color=("0.7", "tab:red"))
-axes["gains"].plot(METHODS[2:], gains.T, "o", color="black", markersize=4, label="each seed")
-axes["gains"].set(ylabel="dB", title="gain over total variation, unseen photographs")
+axes["gains"].plot(METHODS[2:], gains.T, "o", color="black", markersize=4)
+axes["gains"].set(title="gain over total variation (dots: seeds)", ylabel="dB on unseen photographs")
+for name in ("line", "weights"):
+    axes[name].legend(frameon=False, fontsize=9)
 
 here = Path(__file__).parent if "__file__" in globals() else Path.cwd()
 (here / "figures").mkdir(exist_ok=True)

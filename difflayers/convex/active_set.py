@@ -26,12 +26,12 @@ References:
 from __future__ import annotations
 
 import copy
-import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .normal_equations import PENALTY, DenseQP, KKTPoint, NormalEquations, product, take
+from .normal_equations import PENALTY, DenseQP, KKTPoint, MaybeTensor, NormalEquations, each, product, take
 
 __all__ = ["ActiveSetFactor", "DenseQP", "KKTPoint", "polish"]
 
@@ -39,7 +39,8 @@ PINNED = 1e30  # weight that fixes a variable: its column of the factor vanishes
 _SWEEPS = 3  # enough for all but ill-conditioned systems: the residual is not measured before
 _REFINEMENTS = 9  # sweeps after those, as long as they gain
 _ACCURACY = 1e-13  # relative residual at which refinement has nothing left to gain
-_CONVERGED = 1e-11  # a larger residual after refinement calls for the pseudoinverse
+_CONVERGED = 1e-12  # a larger residual after refinement calls for the pseudoinverse
+_FLOOR = 1e-6  # size of the terms below which a solution may as well be zero
 _RANK = 1e-13  # eigenvalues below, relative to the largest, count as zero
 
 
@@ -62,16 +63,18 @@ def polish(
     """
     problem = equations.problem
     n, m, p = x.shape[-1], problem.G.shape[1], y.shape[-1]
-    rows, lower, upper = active[..., :m], None, None
+    rows = active[..., :m]
+    lower: MaybeTensor = None
+    upper: MaybeTensor = None
     if problem.lb is not None and problem.ub is not None:
         lower, upper = active[..., m : m + n], active[..., m + n :]
         lower = lower if fixed is None else lower | fixed
         upper = upper & ~lower
         x = torch.where(lower, problem.lb.unsqueeze(1), torch.where(upper, problem.ub.unsqueeze(1), x))
-    factor = ActiveSetFactor(problem, *(None if t is None else t.squeeze(1) for t in (rows, lower, upper)), equations=equations)
+    factor = ActiveSetFactor(problem, *each(lambda t: t.squeeze(1), (rows, lower, upper)), equations=equations)
     target = torch.cat((problem.b.unsqueeze(1), torch.where(rows, problem.h.unsqueeze(1), 0.0)), -1)
     multipliers = torch.cat((y, z[..., :m] * rows), -1)
-    x, multipliers, residual, price = factor.refine(-problem.q.unsqueeze(1), target, x, multipliers, rescue=rescue)
+    x, multipliers, residual, price = factor.refine(-problem.q.unsqueeze(1), target, x, multipliers, rescue=rescue, floor=_FLOOR)
     z = multipliers[..., p:]
     if lower is not None:
         if fixed is not None:
@@ -94,8 +97,8 @@ class ActiveSetFactor:
 
     Example:
         >>> import torch
-        >>> eye, none = torch.eye(2, dtype=torch.float64), torch.zeros(1, 0, dtype=torch.float64)
-        >>> qp = DenseQP(eye[None], -2 * eye[:1], eye.sum(0).view(1, 1, 2), torch.ones_like(none[:, :1]).new_ones(1, 1), none.view(1, 0, 1).expand(1, 0, 2), none)
+        >>> eye, one = torch.eye(2, dtype=torch.float64), torch.ones(1, 1, dtype=torch.float64)
+        >>> qp = DenseQP(eye[None], -2 * eye[:1], eye.sum(0).view(1, 1, 2), one, eye[None, :0], one[:, :0])
         >>> factor = ActiveSetFactor(qp, torch.tensor([[True]]))
         >>> step, residual = factor.solve(KKTPoint(-qp.q, qp.b, qp.h))  # the minimizer on the line x₁ + x₂ = 1
         >>> step.x.round(decimals=6).tolist(), bool(residual < 1e-12)
@@ -106,8 +109,8 @@ class ActiveSetFactor:
         self,
         problem: DenseQP,
         active: Tensor,
-        active_lower: Tensor | None = None,
-        active_upper: Tensor | None = None,
+        active_lower: MaybeTensor = None,
+        active_upper: MaybeTensor = None,
         *,
         equations: NormalEquations | None = None,
     ) -> None:
@@ -147,7 +150,7 @@ class ActiveSetFactor:
         new = copy.copy(self)
         new.problem, new.equations, new._pseudoinverse = self.problem.take(index), self.equations.take(index), None
         new.active, new.active_lower, new.active_upper = (take(t, index) for t in (self.active, self.active_lower, self.active_upper))
-        new._pinned, new._weights = (None if t is None else t[index] for t in (self._pinned, self._weights))
+        new._pinned, new._weights = each(lambda t: t[index], (self._pinned, self._weights))
         new._factor = take(self._factor, index)
         return new
 
@@ -165,7 +168,7 @@ class ActiveSetFactor:
             says that J is singular and this right-hand side inconsistent; the solution is then a least-squares one of least norm.
         """
         single = rhs.x.dim() == 2
-        force, y, z, lower, upper = (None if t is None else (t.unsqueeze(1) if single else t.movedim(0, 1)) for t in rhs)
+        force, y, z, lower, upper = each(lambda t: t.unsqueeze(1) if single else t.movedim(0, 1), rhs)
         active = self.active.unsqueeze(1)
         target = torch.cat((y, z * active), -1)
         w_z = z * ~active
@@ -187,11 +190,11 @@ class ActiveSetFactor:
             w_lower = torch.where(on_lower, -price, lower + w_x if transpose else lower)
             w_upper = torch.where(on_upper, price, upper - w_x if transpose else upper)
         blocks = (w_x, w_y, w_z, w_lower, w_upper)
-        solution = KKTPoint(*(None if t is None else (t.squeeze(1) if single else t.movedim(1, 0)) for t in blocks))
+        solution = KKTPoint(*each(lambda t: t.squeeze(1) if single else t.movedim(1, 0), blocks))
         return solution, residual.squeeze(1) if single else residual.mT
 
     def refine(
-        self, force: Tensor, target: Tensor, x: Tensor, multipliers: Tensor, *, rescue: bool = True
+        self, force: Tensor, target: Tensor, x: Tensor, multipliers: Tensor, *, rescue: bool = True, floor: float = 0.0
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Go from ``x``, whose pinned entries are right, to P x + Eᵀλ = force in the free entries and E x = target in the active rows.
 
@@ -201,21 +204,22 @@ class ActiveSetFactor:
             x: ``(B, R, n)``.
             multipliers: ``(B, R, p + m)``, zero in inactive rows.
             rescue: take the pseudoinverse where the refinement stalls.
+            floor: terms smaller than this count as this large in the residual.
 
         Returns:
             x, the multipliers, ``(B, R)`` the relative residual, and what is left of the stationarity rows: the price of the pinned.
         """
         rows, weights = self.equations.rows, self._weights
-        best = None
+        best: Any = None
         for sweep in range(_SWEEPS + _REFINEMENTS):
             curve, pull, gap_rows = product(x, self.problem.P), product(multipliers, rows), target - product(x, rows.mT)
             gap_x = force - curve - pull
             if sweep >= _SWEEPS:
-                current = (x, multipliers, self._residual((force, curve, pull), target, x, gap_x, gap_rows), gap_x)
+                current = (x, multipliers, self._residual((force, curve, pull), target, x, gap_x, gap_rows, floor), gap_x)
                 if best is None:
                     best = current
                 else:
-                    better = current[2] < 0.5 * best[2]
+                    better = current[2] < 0.7 * best[2]
                     best = tuple(_select(better, new, old) for new, old in zip(current, best, strict=True))
                     if not bool(better.any()):
                         break
@@ -228,18 +232,21 @@ class ActiveSetFactor:
             poor = (~(best[2] <= _CONVERGED)).any(-1).nonzero().squeeze(-1)
             if poor.numel():
                 best = self._rescue(force, target, best, poor)
-        return best
+        x, multipliers, residual, price = best
+        return x, multipliers, residual, price
 
-    def _residual(self, forces: tuple[Tensor, ...], target: Tensor, x: Tensor, gap_x: Tensor, gap_rows: Tensor) -> Tensor:
+    def _residual(
+        self, forces: tuple[Tensor, ...], target: Tensor, x: Tensor, gap_x: Tensor, gap_rows: Tensor, floor: float = 0.0
+    ) -> Tensor:
         """The largest error of an equation over the largest term of its block, ``(B, R)``; rows are measured in the metric of the scale."""
         free = gap_x if self._pinned is None else gap_x * ~self._pinned
-        residual = _ratio(free.abs().amax(-1), torch.stack(forces).abs().amax((0, -1)))
+        residual = _ratio(free.abs().amax(-1), torch.stack(forces).abs().amax((0, -1)).clamp(min=floor))
         if target.shape[-1] == 0:
             return residual
         metric = self._weights.sqrt()
         # eᵀx can cancel, and at a vertex x itself: take the size of its factors, or of the x that the forces would move to.
         scale = self.equations.scale
-        reach = torch.maximum((x.square() * scale).sum(-1), (forces[0].square() / scale).sum(-1))
+        reach = torch.maximum(((x.square() + floor**2) * scale).sum(-1), (forces[0].square() / scale).sum(-1))
         reach = (PENALTY * reach).sqrt()
         return torch.maximum(residual, _ratio((gap_rows * metric).abs().amax(-1), torch.maximum((target * metric).abs().amax(-1), reach)))
 
@@ -265,7 +272,7 @@ class ActiveSetFactor:
         return tuple(whole.index_copy(0, index, part) for whole, part in zip(best, old, strict=True))
 
     def _invert(self) -> tuple[Tensor, Tensor]:
-        """The pseudoinverse of the core with unit rows and columns in place of what is inactive or pinned, after scaling it to unit rows."""
+        """A scaling of the core, with unit rows in place of what is inactive or pinned, to unit rows, and the pseudoinverse of that."""
         batch, n = self.problem.q.shape
         active = (self._weights > 0).mT
         rows = self.equations.rows * active

@@ -23,6 +23,8 @@ References:
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -56,7 +58,7 @@ class Outcome:
         bounds = (None, None) if problem.lb is None else (new(batch, n), new(batch, n))
         self.point = KKTPoint(new(batch, n), new(batch, p), new(batch, m), *bounds)
         self.iterations = torch.zeros(batch, dtype=torch.int64, device=problem.q.device)
-        self.factor: ActiveSetFactor | None = None
+        self.factor: Any = None
 
     def record(self, ids: Tensor, hits: Tensor, point: KKTPoint, factor: ActiveSetFactor, iteration: int) -> None:
         """Keep the final state of the elements ``ids``: the rows ``hits`` of what is given."""
@@ -74,18 +76,34 @@ class Outcome:
 class CentralPath:
     """The elements still at work. Vectors are rows ``(B, 1, ·)``; the inequalities are stacked: G, lower bounds, upper bounds.
 
-    An absent inequality becomes 0ᵀx ≤ 1 and keeps its place. A variable with equal bounds is pinned to them and has no inequalities.
+    An absent inequality becomes 0ᵀx ≤ size and keeps its place. A variable with equal bounds is pinned to them and has no inequalities.
+
+    Args:
+        outcome: where the elements go when they are finished or given up.
+        ids: ``(B,)`` the elements of that batch to work on.
+        tol: relative KKT error wanted.
+        max_iter: limit of the iterations.
+        strict: whether to go on to the end for every element that is not solved to ``tol``. If not, elements that run away from any
+            solution are given up soon, and an exact solution is not measured a second time.
     """
 
-    def __init__(self, outcome: Outcome, ids: Tensor, tol: float, max_iter: int) -> None:
-        self.outcome, self.ids, self.tol, self.max_iter, self.iteration = outcome, ids, tol, max_iter, 0
+    def __init__(self, outcome: Outcome, ids: Tensor, tol: float, max_iter: int, *, strict: bool) -> None:
+        self.outcome, self.ids, self.tol, self.max_iter, self.strict, self.iteration = outcome, ids, tol, max_iter, strict, 0
         everything = outcome.equations
         whole = ids.shape[0] == outcome.problem.q.shape[0]
         self.equations = everything if whole else everything.take(ids)
         unit, lengths = (t if whole else take(t, ids) for t in (everything.unit, everything.lengths))
         problem = self.equations.problem
         self.n, self.m, self.p = problem.q.shape[1], problem.G.shape[1], problem.A.shape[1]
-        self.fixed = self.pin = self.guess = self.tried = self.tried_mu = self.best = self.merit = self.age = None
+        # None until the first iteration that has them
+        self.fixed: Any = None
+        self.pin: Any = None
+        self.guess: Any = None
+        self.tried: Any = None
+        self.tried_mu: Any = None
+        self.best: Any = None
+        self.merit: Any = None
+        self.age: Any = None
         self.bounded = problem.lb is not None and problem.ub is not None
         limits = torch.cat((problem.h, -problem.lb, problem.ub), -1) if self.bounded else problem.h
         present = limits < ABSENT
@@ -113,7 +131,7 @@ class CentralPath:
         guess = self._active(self.x, self.z, slice(None), self.equations)
         self._keep(~self.attempt(torch.arange(self.ids.shape[0], device=self.ids.device), guess))
 
-    def follow(self, watch: bool) -> None:
+    def follow(self) -> None:
         """Run until every element is finished or given up."""
         if self.ids.numel() == 0:
             return
@@ -121,10 +139,11 @@ class CentralPath:
             self._without_inequalities()
             return
         self.begin()
-        for self.iteration in range(self.max_iter + 1):
+        for iteration in range(self.max_iter + 1):
+            self.iteration = iteration
             leaving = self.settle()
-            if self.iteration >= _YOUNG or self.iteration == self.max_iter:
-                ended = self.ended(watch) & ~leaving
+            if iteration >= _YOUNG or iteration == self.max_iter:
+                ended = self.ended() & ~leaving
                 if bool(ended.any()):
                     self.give_up(ended.nonzero().squeeze(-1))
                 leaving = leaving | ended
@@ -142,7 +161,7 @@ class CentralPath:
             self.give_up(left.nonzero().squeeze(-1))
 
     def begin(self) -> None:
-        """Every constraint becomes a spring of its natural stiffness; its force and its length, made positive on one hyperbola, are z and s."""
+        """Let every constraint be a spring of its natural stiffness: its force and its length, put on one hyperbola, are z and s."""
         problem = self.equations.problem
         x = torch.zeros_like(problem.q) if self.fixed is None else torch.where(self.fixed.squeeze(1), problem.lb, 0.0)
         self.x, self.y = x.unsqueeze(1), torch.zeros_like(problem.b).unsqueeze(1)
@@ -205,6 +224,8 @@ class CentralPath:
             x, y, z, residual, factor = polish(equations, x, y, z, active, None if self.fixed is None else self.fixed[index])
             slack = self._slack(x, index, equations)
             good = (residual.squeeze(-1) <= _EXACT) & (torch.cat((z, slack), 1) >= self.tolerance[index]).flatten(1).all(-1)
+            if self.strict:
+                good &= kkt_error(equations.problem, self._point(x, y, z)).relative <= self.tol
             hits = good.nonzero().squeeze(-1)
             if hits.numel():
                 self.outcome.record(self.ids[index[hits]], hits, self._point(x, y, z), factor, self.iteration)
@@ -221,8 +242,8 @@ class CentralPath:
             x, y, z, active = x[again], y[again], z[again], better[again]
         return solved
 
-    def ended(self, watch: bool) -> Tensor:
-        """Elements that converged, stopped making progress or, with ``watch``, run away; ``(B,)`` bool."""
+    def ended(self) -> Tensor:
+        """Elements that converged, stopped making progress or, unless ``strict``, run away; ``(B,)`` bool."""
         problem, rows = self.equations.problem, self.equations.rows
         q, b = problem.q.unsqueeze(1), problem.b.unsqueeze(1)
         curve, rows_x = product(self.x, problem.P), product(self.x, rows.mT)
@@ -250,7 +271,7 @@ class CentralPath:
         self.best = tuple(torch.where(better, new, old) for new, old in zip(now, self.best, strict=True))
         self.merit = torch.minimum(self.merit, merit)
         over = (self.merit <= 1e-2 * self.tol) | ~torch.isfinite(self.x).all(-1, keepdim=True)
-        if watch:
+        if not self.strict:
             size = _DIVERGED * self.size
             infeasible = -value > size * pull.abs().amax(-1, keepdim=True)
             unbounded = (self.x.abs().amax(-1, keepdim=True) > size) & (100 * bend < -fall)
@@ -272,7 +293,8 @@ class CentralPath:
             exact = self._point(x, y, z)
             exact_error = kkt_error(equations.problem, exact).relative
             better = (exact_error < error).unsqueeze(-1)
-            point = KKTPoint(*(None if old is None else torch.where(better, new, old) for old, new in zip(point, exact, strict=True)))
+            both = zip(point, exact, strict=True)
+            point = KKTPoint(*[None if old is None else torch.where(better, new, old) for old, new in both])  # ty: ignore
             error, chosen = torch.minimum(error, exact_error.nan_to_num(torch.inf)), torch.where(better.unsqueeze(-1), active, chosen)
             previous, active = active, self._active(x, z, index, equations)
             if torch.equal(previous, active) or not bool(((error > _EXACT) & (error < _NEAR)).any()):

@@ -25,9 +25,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .normal_equations import DenseQP, KKTPoint, product
+from .normal_equations import DenseQP, KKTPoint, each, product
 
-__all__ = ["feasibility_problem", "infeasibility_certificate", "nearest_point_problem", "proves_infeasible", "proves_unbounded", "recession_problem"]
+__all__ = [
+    "feasibility_problem",
+    "infeasibility_certificate",
+    "nearest_point_problem",
+    "proves_infeasible",
+    "proves_unbounded",
+    "recession_problem",
+]
 
 REACH = 1e7  # a certificate holds for every x up to this many times the size of the problem
 
@@ -49,7 +56,7 @@ def _combination(problem: DenseQP, point: KKTPoint) -> tuple[Tensor, Tensor]:
 
 
 def proves_unbounded(problem: DenseQP, ray: Tensor) -> Tensor:
-    """Whether the objective falls along ``ray`` ``(B, n)``, without leaving the constraints, for ``REACH`` times its length; ``(B,)`` bool."""
+    """Whether the objective falls along ``ray`` ``(B, n)`` for ``REACH`` times its length inside the constraints; ``(B,)`` bool."""
     P, q, G, h, A, _, lb, ub = problem
     length = ray.abs().amax(-1)
     fall = -(q * ray).sum(-1)
@@ -89,7 +96,7 @@ def infeasibility_certificate(problem: DenseQP, violation: KKTPoint) -> KKTPoint
     parts = [t for t in (y, z, *bounds) if t is not None]
     largest = torch.cat([torch.zeros_like(problem.q[:, :1]), *parts], -1).abs().amax(-1, keepdim=True)
     largest = torch.where(largest > 0, largest, 1.0)
-    return KKTPoint(violation.x[:, :n], *(None if t is None else t / largest for t in (y, z, *bounds)))
+    return KKTPoint(violation.x[:, :n], *each(lambda t: t / largest, (y, z, *bounds)))
 
 
 def recession_problem(problem: DenseQP) -> DenseQP:

@@ -23,7 +23,7 @@ from .certificates import (
     proves_unbounded,
     recession_problem,
 )
-from .normal_equations import ABSENT, DenseQP, KKTError, KKTPoint, kkt_error
+from .normal_equations import ABSENT, DenseQP, KKTError, KKTPoint, MaybeTensor, each, kkt_error
 
 __all__ = ["DenseQP", "DenseResult", "KKTPoint", "solve_dense"]
 
@@ -50,8 +50,8 @@ class DenseResult(NamedTuple):
     x: Tensor
     y: Tensor
     z: Tensor
-    z_lower: Tensor | None
-    z_upper: Tensor | None
+    z_lower: MaybeTensor
+    z_upper: MaybeTensor
     status: Tensor
     primal_residual: Tensor
     dual_residual: Tensor
@@ -77,7 +77,8 @@ def solve_dense(problem: DenseQP, *, tol: float = 1e-9, max_iter: int = 100, sta
         >>> import torch
         >>> point = torch.tensor([[0.9, 0.6, -0.2]], dtype=torch.float64)
         >>> ones, zeros = torch.ones_like(point), torch.zeros_like(point)
-        >>> simplex = DenseQP(torch.diag_embed(ones), -point, ones[:, None, :][:, :0], ones[:, :0], ones[:, None, :], ones[:, :1], zeros, ones)
+        >>> rows = ones.unsqueeze(1)
+        >>> simplex = DenseQP(torch.diag_embed(ones), -point, rows[:, :0], ones[:, :0], rows, ones[:, :1], zeros, ones)
         >>> result = solve_dense(simplex)
         >>> result.x.round(decimals=6).tolist(), result.status.tolist()
         ([[0.65, 0.35, 0.0]], [0])
@@ -86,7 +87,7 @@ def solve_dense(problem: DenseQP, *, tol: float = 1e-9, max_iter: int = 100, sta
         problem = _without_huge_limits(problem)
         unusable = _screen(problem)
         outcome = Outcome(problem if unusable is None else _replace(problem, unusable[0] | unusable[1]))
-        error = _follow(outcome, torch.arange(problem.q.shape[0], device=problem.q.device), tol, max_iter, start=start, watch=True)
+        error = _follow(outcome, torch.arange(problem.q.shape[0], device=problem.q.device), tol, max_iter, start=start, strict=False)
         status = torch.where(error.relative <= tol, int(Status.SOLVED), int(Status.MAX_ITER))
         if bool((status != Status.SOLVED).any()):
             left = _classify(outcome, status, tol, max_iter)
@@ -106,15 +107,15 @@ def _without_huge_limits(problem: DenseQP) -> DenseQP:
     return problem._replace(h=h, lb=lb, ub=ub)
 
 
-def _follow(outcome: Outcome, ids: Tensor, tol: float, max_iter: int, *, start: KKTPoint | None = None, watch: bool = False) -> KKTError:
+def _follow(outcome: Outcome, ids: Tensor, tol: float, max_iter: int, *, start: KKTPoint | None = None, strict: bool = True) -> KKTError:
     """Follow the central paths of the elements ``ids``, in parts that fit in memory, and measure where all the elements are then."""
     rows, n = outcome.equations.rows.shape[1:]
     memory = 8 * n * (4 * n + 3 * rows)
     for part in ids.split(max(_MEMORY // max(memory, 1), 1)):
-        path = CentralPath(outcome, part, tol, max_iter)
+        path = CentralPath(outcome, part, tol, max_iter, strict=strict)
         if start is not None:
-            path.resume(KKTPoint(*(None if t is None else t[part] for t in start)))
-        path.follow(watch)
+            path.resume(KKTPoint(*each(lambda t, part=part: t[part], start)))
+        path.follow()
     return kkt_error(outcome.problem, outcome.point)
 
 

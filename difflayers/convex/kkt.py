@@ -26,8 +26,9 @@ from ..errors import ShapeError
 from ..implicit.function import Problem
 from ..implicit.methods import LinearMethod
 from ..solution import OnFailure, Solution, Status, report_failures
-from .active_set import ActiveSetFactor, DenseQP, KKTPoint
+from .active_set import ActiveSetFactor
 from .interior_point import solve_dense
+from .normal_equations import DenseQP, KKTPoint, MaybeTensor
 
 __all__ = ["CORE_NDIMS", "KKTProblem", "Options", "QPSolution", "Sizes"]
 
@@ -73,7 +74,7 @@ class Sizes(NamedTuple):
     m: int
     boxed: bool
 
-    def split(self, point: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    def split(self, point: Tensor) -> tuple[Tensor, Tensor, Tensor, MaybeTensor]:
         """x, y, z and z_box of rows ``(..., n + p + m + n)``."""
         sizes = (self.n, self.p, self.m, self.n if self.boxed else 0)
         x, y, z, z_box = (point.narrow(-1, sum(sizes[:i]), size) for i, size in enumerate(sizes))
@@ -160,7 +161,7 @@ class KKTProblem(Problem):
         x, y, z, z_box = self.sizes.split(x)
         u_x, u_y, u_z, u_box = self.sizes.split(u)
         u_z = torch.where(z > 0, u_z, 0)
-        lower, upper = (None, None) if z_box is None else _active_sides(z_box, lb, ub)
+        lower, upper = (z > 0, z > 0) if z_box is None else _active_sides(z_box, lb, ub)
         closed = (
             lambda: (_outer(u_x, x, theta[0]) + _outer(x, u_x, theta[0])) / 2,
             lambda: u_x,
@@ -196,11 +197,11 @@ class KKTProblem(Problem):
         """The factor of the Jacobian of F at ``point``: the known one if it has the active set that F reads off the multipliers."""
         _, _, z, z_box = self.sizes.split(point.reshape(-1, point.shape[-1]))
         problem = _flat_problem(theta, self.sizes)
-        sides = (None, None) if z_box is None else _active_sides(z_box, problem.lb, problem.ub)
+        sides: tuple[MaybeTensor, MaybeTensor] = (None, None) if z_box is None else _active_sides(z_box, problem.lb, problem.ub)
         if (
             known is not None
             and torch.equal(known.active, z > 0)
-            and (z_box is None or all(map(torch.equal, (known.active_lower, known.active_upper), sides)))
+            and (z_box is None or (torch.equal(known.active_lower, sides[0]) and torch.equal(known.active_upper, sides[1])))
         ):
             return known
         return ActiveSetFactor(problem, z > 0, *sides)

@@ -23,17 +23,21 @@ References:
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-__all__ = ["DenseQP", "KKTError", "KKTPoint", "NormalEquations", "kkt_error", "product", "stable_cholesky", "take"]
+__all__ = ["DenseQP", "KKTError", "KKTPoint", "MaybeTensor", "NormalEquations", "each", "kkt_error", "product", "stable_cholesky", "take"]
 
 ABSENT = 1e20  # limits of this size and beyond are none
 _DAMPING = 1e-10  # proximal term over the curvature of its column
 _ROUNDING = 1e-14  # diagonal entries grow by this share of themselves, so that rounding cannot make K indefinite
 PENALTY = 1e6  # weight of an equation over the curvature along it; its inverse is the contraction of one refinement
+
+# A tensor, or None: a problem has both bounds or neither, which a type checker cannot carry from one tensor to the next.
+MaybeTensor = Any
 
 
 class DenseQP(NamedTuple):
@@ -56,8 +60,8 @@ class DenseQP(NamedTuple):
     h: Tensor
     A: Tensor
     b: Tensor
-    lb: Tensor | None = None
-    ub: Tensor | None = None
+    lb: MaybeTensor = None
+    ub: MaybeTensor = None
 
     def take(self, index: Tensor) -> DenseQP:
         """The elements ``index`` of the batch; what is shared stays shared."""
@@ -70,8 +74,8 @@ class KKTPoint(NamedTuple):
     x: Tensor
     y: Tensor
     z: Tensor
-    z_lower: Tensor | None = None
-    z_upper: Tensor | None = None
+    z_lower: MaybeTensor = None
+    z_upper: MaybeTensor = None
 
 
 class KKTError(NamedTuple):
@@ -90,9 +94,14 @@ class KKTError(NamedTuple):
     relative: Tensor
 
 
-def take(tensor: Tensor | None, index: Tensor) -> Tensor | None:
+def take(tensor: MaybeTensor, index: Tensor) -> MaybeTensor:
     """The elements ``index`` of a batched tensor; None and matrices that the batch shares are returned as they are."""
     return tensor if tensor is None or (tensor.dim() == 3 and tensor.shape[0] == 1) else tensor[index]
+
+
+def each(function: Callable[[Tensor], Tensor], tensors: Iterable[MaybeTensor]) -> tuple[MaybeTensor, ...]:
+    """``function`` of every tensor that is there."""
+    return tuple(None if tensor is None else function(tensor) for tensor in tensors)
 
 
 def product(vectors: Tensor, matrix: Tensor) -> Tensor:
@@ -186,7 +195,9 @@ class NormalEquations:
         for name in ("rows", "scale", "row_scale", "base"):
             setattr(new, name, take(getattr(self, name), index))
         P, q, _, h, _, b, lb, ub = self.problem
-        new.problem = DenseQP(take(P, index), q[index], new.rows[:, p:], h[index], new.rows[:, :p], b[index], take(lb, index), take(ub, index))
+        new.problem = DenseQP(
+            take(P, index), q[index], new.rows[:, p:], h[index], new.rows[:, :p], b[index], take(lb, index), take(ub, index)
+        )
         return new
 
     def factorize(self, weights: Tensor, diagonal: Tensor | None) -> Tensor:

@@ -107,8 +107,9 @@ def solve_qp(
     problem = KKTProblem(sizes, options)
     theta: list[Tensor | None] = [None if part is None else part.to(torch.float64) for part in arguments]
     if sizes.boxed:
-        theta[6] = torch.full_like(theta[7], -torch.inf) if theta[6] is None else theta[6]
-        theta[7] = torch.full_like(theta[6], torch.inf) if theta[7] is None else theta[7]
+        for side, infinity in ((6, -torch.inf), (7, torch.inf)):
+            if theta[side] is None:
+                theta[side] = torch.full((sizes.n,), infinity, dtype=torch.float64, device=q.device)
     start = sizes.start(warm_start, q)
     start, *theta = visible_to_modes([start, *theta])
     point, status, primal, dual, gap, iterations = ImplicitFunction.apply(problem, start.detach(), *theta)
@@ -177,19 +178,35 @@ class QPLayer(nn.Module):
         return self.solve(P, q, G, h, A, b, lb, ub).x
 
     def solve(
-        self, P: Tensor | None, q: Tensor, *constraints: Tensor | None, warm_start: QPSolution | None = None, **named: Tensor | None
+        self,
+        P: Tensor | None,
+        q: Tensor,
+        G: Tensor | None = None,
+        h: Tensor | None = None,
+        A: Tensor | None = None,
+        b: Tensor | None = None,
+        lb: Tensor | None = None,
+        ub: Tensor | None = None,
+        *,
+        warm_start: QPSolution | None = None,
     ) -> QPSolution:
         """As ``forward``, with multipliers, status and residuals.
 
         Args:
-            P: ``(*batch, n, n)`` or None.
+            P: as in ``forward``, and so the arguments that follow.
             q: ``(*batch, n)``.
-            constraints: G, h, A, b, lb, ub, as in :func:`solve_qp`.
+            G: ``(*batch, m, n)`` or None.
+            h: ``(*batch, m)`` or None.
+            A: ``(*batch, p, n)`` or None.
+            b: ``(*batch, p)`` or None.
+            lb: ``(*batch, n)`` or None.
+            ub: ``(*batch, n)`` or None.
             warm_start: the solution of a similar problem.
-            named: the same by name.
         """
-        options = {"solver": self.solver, "tol": self.tol, "max_iter": self.max_iter, "on_failure": self.on_failure}
-        return solve_qp(P, q, *constraints, warm_start=warm_start, **named, **options)
+        problem = (P, q, G, h, A, b, lb, ub)
+        return solve_qp(
+            *problem, solver=self.solver, tol=self.tol, max_iter=self.max_iter, warm_start=warm_start, on_failure=self.on_failure
+        )
 
     def extra_repr(self) -> str:
         """The options that differ from their defaults, and ``on_failure``."""

@@ -110,6 +110,7 @@ class ImplicitRoot:
         self.tol, self.max_iter, self.on_failure = tol, max_iter, on_failure
         if not callable(solver) and solver not in self.solvers:
             raise ValueError(f"solver {solver!r} is not known; choose one of {', '.join(self.solvers)}, or pass a callable")
+        self._is_batched = not callable(solver) or "batch_ndim" in inspect.signature(solver).parameters
 
     @eager
     def __call__(self, x0: Any, *args: Any) -> Any:
@@ -181,10 +182,6 @@ class ImplicitRoot:
         """The function that the solver wants."""
         # Broyden's method is written for x = T(x); the roots of F are the fixed points of x − F(x).
         return (lambda x: x - residual(x)) if self.solver == "broyden" else residual
-
-    @property
-    def _is_batched(self) -> bool:
-        return not callable(self.solver) or "batch_ndim" in inspect.signature(self.solver).parameters
 
     def _find(self, raveler: Raveler, residual: Callable[[Tensor], Tensor], x0: Tensor, batch_ndim: int) -> Solution:
         options = {name: value for name, value in (("tol", self.tol), ("max_iter", self.max_iter)) if value is not None}

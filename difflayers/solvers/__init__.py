@@ -1,18 +1,24 @@
-"""How a solution is found: batched loops that stop element by element.
+"""Solvers: how a solution is found, a batch at a time.
 
-| the problem | solver |
-|---|---|
-| x = T(x) | :func:`anderson`; :func:`picard` for a strong contraction; :func:`broyden` where T does not contract |
-| F(x) = 0 | :func:`newton`; :func:`bisection` for one unknown between two bounds |
-| min ½‖r(x)‖² | :func:`levenberg_marquardt`; :func:`gauss_newton` near the solution |
-| min f(x), smooth | :func:`lbfgs`; :func:`gradient_descent` |
-| min f(x) + g(x) with the proximal operator of g | :func:`proximal_gradient` |
-| min f(x) on a set with a projection | :func:`projected_gradient`; :func:`mirror_descent` on the simplex |
-| A x = b | :mod:`~difflayers.solvers.linear` |
+Which solver?
 
-Nothing here is differentiated: hand a solver by name or as it is to :func:`~difflayers.implicit.implicit_root` or
-:func:`~difflayers.implicit.implicit_fixed_point`. Each takes a function and a starting point of any structure, whose first ``batch_ndim``
-dimensions index independent problems, and returns a :class:`~difflayers.Solution` with one status for each.
+| problem | solver | it needs |
+|---|---|---|
+| x = T(x), T a contraction | :func:`anderson`; :func:`picard` where its memory is too much | T |
+| x = T(x), T not a contraction | :func:`broyden` | T |
+| F(x) = 0 | :func:`newton` | F that can be differentiated; large systems go matrix-free |
+| f(x) = 0, one unknown each | :func:`bisection` | a bracket; cannot fail on a continuous f |
+| min ½‖r(x)‖² | :func:`levenberg_marquardt`; :func:`gauss_newton` from a good start | r |
+| min f(x), smooth | :func:`lbfgs`; :func:`newton` on the gradient where it is small and convex | f |
+| min f(x) + g(x), g simple | :func:`proximal_gradient` | f and the proximal operator of g |
+| min f(x), x in a simple convex set | :func:`projected_gradient` | f and the projection |
+| min f(x), x on the simplex | :func:`mirror_descent` | f |
+| A x = b | :mod:`difflayers.solvers.linear` | a matrix, or its products |
+
+All of them take and return pytrees of tensors ``(*batch, ...)`` whose first ``batch_ndim`` dimensions index independent problems: each
+stops on its own and has its own status, and a batch gives what a loop would. They return a :class:`~difflayers.Solution` and never
+raise because a problem was not solved. Nothing here is differentiated: hand a solver by name or as it is to
+:func:`~difflayers.implicit.implicit_root` or :func:`~difflayers.implicit.implicit_fixed_point`.
 """
 
 from __future__ import annotations

@@ -249,7 +249,7 @@ def _descend(
             accept = accept & (s * bend <= slack * distance)
             # Each stepsize that proved too long doubles the wait before a longer one is tried.
             quiet, patience = torch.where(accept, quiet + 1, 0), torch.where(accept, patience, 2 * patience)
-            longer = (s * bend < 0.1 * distance) & (quiet > patience) & uphill
+            longer = (s * bend < 0.1 * distance) & (quiet > patience)
             shorter = torch.where(torch.isfinite(longest), longest, 0).clamp(0.1 * s, 0.9 * s)
             s = torch.where(accept, torch.where(longer, 2 * s, s), shorter)
         x = torch.where(accept[..., None], trial, x)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..solution import Solution, Status
 from .loop import dot, norm
-from .systems import MatVec, Systems
+from .systems import MatVec, Systems, checked
 
 __all__ = ["bicgstab", "cg", "neumann", "normal_cg"]
 
@@ -111,7 +111,7 @@ def _conjugate_directions(
         raise ValueError(f"truncation is the number of past directions to keep, at least 1, got {truncation}")
     rows = Systems(matvec, b, x0, tol, max_iter)
     x, r = rows.x, rows.r
-    gradient = r if rmatvec is None else rmatvec(r)
+    gradient = r if rmatvec is None else checked(rmatvec, r, "rmatvec")
     # The last `memory` directions p, their images (A p, or AᵀA p) and pᵀ(image); inf marks an empty place.
     directions, images = b.new_zeros(memory, *b.shape), b.new_zeros(memory, *b.shape)
     curvatures = b.new_full((memory, *b.shape[:-1]), torch.inf)
@@ -153,7 +153,7 @@ def _conjugate_directions(
             true_residual, again = rows.verify(claim)
             x = torch.where(again[..., None], rows.x, x)
             r = torch.where(again[..., None], true_residual, r)
-            gradient = r if rmatvec is None else rmatvec(r)
+            gradient = r if rmatvec is None else checked(rmatvec, r, "rmatvec")
             curvatures = torch.where(again, torch.inf, curvatures)
             go_on = rows.any_running()
     return rows.solution()

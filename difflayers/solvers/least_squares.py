@@ -1,9 +1,10 @@
 """Nonlinear least squares min ½‖r(x)‖², a batch at a time, for any number of residuals.
 
-Both methods solve (JᵀJ + μ D) d = −Jᵀr, where D holds the squared norms of the columns of J (the largest so far), so that
-the units of the unknowns don't matter. **Levenberg–Marquardt** steers μ by the ratio of the achieved to the predicted decrease (Nielsen's rule): towards
-Gauss–Newton where the model is good, towards short gradient steps where it is not. **Gauss–Newton** keeps μ at rounding level,
-just enough for a rank-deficient J, and shortens the step until the sum of squares falls. One trial point is evaluated per iteration.
+Both methods solve (JᵀJ + μ D) d = −Jᵀr, where D holds the squared norms of the columns of J, the largest so far, so that the
+units of the unknowns don't matter. **Levenberg–Marquardt** steers μ by the ratio of the achieved to the predicted decrease
+(Nielsen's rule): towards Gauss–Newton where the model is good, towards short gradient steps where it is not. **Gauss–Newton** keeps
+μ at rounding level, just enough for a rank-deficient J, and shortens the step until the sum of squares falls. One trial point is
+evaluated per iteration.
 
 A row has converged when every component of the gradient is small beside the numbers that it is a difference of:
 |(Jᵀr)_j| ≤ tol · ‖J_j‖ · (‖r‖ + Σ_k ‖J_k‖ |x_k|), J_j being the columns of J.

@@ -16,7 +16,7 @@ from ..pytree import Raveler
 from ..solution import Solution, Status
 from .loop import Rows, check_options, default_tol, norm
 
-__all__ = ["MatVec", "Systems", "acceptable", "unit_scale"]
+__all__ = ["MatVec", "Systems", "acceptable", "checked", "unit_scale"]
 
 MatVec = Callable[[Tensor], Tensor]
 
@@ -35,6 +35,15 @@ def unit_scale(b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     largest = rows.abs().amax(-1, keepdim=True) if b.shape[-1] else rows.new_zeros(*b.shape[:-1], 1)
     scale = torch.where(largest == 0, 1, largest)
     return rows / scale, scale, finite
+
+
+def checked(function: MatVec, v: Tensor, name: str) -> Tensor:
+    """``function(v)``, or a ShapeError if it is not like v."""
+    image = function(v)
+    if not isinstance(image, Tensor) or image.shape != v.shape or image.dtype != v.dtype:
+        came = f"{tuple(image.shape)} {image.dtype}" if isinstance(image, Tensor) else type(image).__name__
+        raise ShapeError(f"{name} must return a tensor like its argument, {tuple(v.shape)} {v.dtype}, got {came}")
+    return image
 
 
 def acceptable(residual: Tensor, target: Tensor, norm_a: Tensor, norm_x: Tensor, norm_b: Tensor) -> Tensor:
@@ -88,12 +97,8 @@ class Systems(Rows):
         self.stop(self.residual <= self.target, Status.SOLVED)
 
     def product(self, v: Tensor) -> Tensor:
-        """A v, checked."""
-        image = self.matvec(v)
-        if not isinstance(image, Tensor) or image.shape != v.shape or image.dtype != v.dtype:
-            came = f"{tuple(image.shape)} {image.dtype}" if isinstance(image, Tensor) else type(image).__name__
-            raise ShapeError(f"matvec must return a tensor like its argument, {tuple(v.shape)} {v.dtype}, got {came}")
-        return image
+        """A v."""
+        return checked(self.matvec, v, "matvec")
 
     def stretch(self, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """``(A v, ‖v‖, ‖A v‖)``, remembered in ``norm_a`` and ``flattest``."""

@@ -333,13 +333,43 @@ def test_hoist_puts_values_in_their_places() -> None:
     assert torch.equal(call(captured, START + 2), 3 * W)
 
 
-def test_a_branch_that_the_starting_point_does_not_take() -> None:
-    # The weight of the second branch is met only at the solution.
+def test_a_branch_that_the_starting_point_does_not_take_is_refused() -> None:
+    # The weight of the second branch is met only at the solution: its gradient would be lost.
     def layer(first: Tensor, second: Tensor) -> Tensor:
         return implicit_root(lambda x: x * first - 6 if bool(x < 1) else x * second - 6)(torch.zeros((), dtype=torch.float64))
 
     first, second = (torch.tensor(v, dtype=torch.float64, requires_grad=True) for v in (2.0, 3.0))
-    slopes = torch.autograd.grad(layer(first, second), (first, second), allow_unused=True)
-    assert slopes[0] is None or slopes[0] == 0
-    assert slopes[1] is not None
-    assert abs(float(slopes[1]) + 6 / 9) < 1e-9
+    with pytest.raises(DiffLayersError, match="argument"):
+        layer(first, second).backward()
+    # Passed as arguments, both are right.
+    root = implicit_root(lambda x, a, b: x * a - 6 if bool(x < 1) else x * b - 6)
+    slopes = torch.autograd.grad(root(torch.zeros((), dtype=torch.float64), first, second), (first, second))
+    assert torch.allclose(torch.stack(slopes), torch.tensor([0.0, -6 / 9], dtype=torch.float64))
+
+
+def test_variables_that_have_moved_on_by_the_time_of_backward() -> None:
+    w = W.clone().requires_grad_()
+    outputs = []
+    for factor in (1.0, 2.0, 3.0):
+        shift = factor * w
+        outputs.append(implicit_root(lambda x: x + x**3 - factor * torch.sin(shift))(START).sum())  # noqa: B023
+    for factor, output in zip((1.0, 2.0, 3.0), outputs, strict=True):
+        (slope,) = torch.autograd.grad(output, w, retain_graph=True)
+        exact = grad(lambda w, k=factor: newton_root(lambda x, w: x + x**3 - k * torch.sin(k * w), START, w).sum())(W)
+        assert relative_error(slope, exact) < 1e-9
+
+
+def test_a_function_may_count_its_calls() -> None:
+    calls = 0
+
+    def residual(x: Tensor, w: Tensor) -> Tensor:
+        nonlocal calls
+        calls += 1
+        return explicit(x, w)
+
+    w = W.clone().requires_grad_()
+    x = implicit_root(residual)(START, w)
+    before = calls
+    (slope,) = torch.autograd.grad(x.sum(), w)
+    assert calls > before > 0
+    assert relative_error(slope, grad(lambda w: by_argument(w).sum())(W)) < 1e-9

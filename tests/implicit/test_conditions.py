@@ -7,7 +7,7 @@ import pickle
 import pytest
 import torch
 from torch import Tensor
-from torch.func import grad, hessian, jacrev, vmap
+from torch.func import hessian, jacrev, vmap
 
 from difflayers.implicit import conditions, implicit_fixed_point, implicit_root
 from tests.reference import relative_error

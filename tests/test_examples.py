@@ -1,0 +1,49 @@
+"""Every example runs as it stands: in short mode, from another folder, without the network, and says what it should."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
+
+# Lines that each example prints, by its name; every {} is a finite number.
+LINES = {
+    "quickstart": ["noisy {} {} {}", "total variation {} {} {}", "network alone {} {} {}", "network + layer {} {} {}"],
+    "custom_root_scipy": ["one penalty, grid search {} {} {}", "penalty by distance, gradient {} {} {}"],
+}
+OPTIONS = {"quickstart": ["--seeds", "1"]}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
+def test_example_runs_in_short_mode(example: Path, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    pytest.importorskip("skimage")
+    script = Path(shutil.copy(example, tmp_path))  # figures are written beside the script: here, not over those of a full run
+    environment = os.environ | {
+        "DIFFLAYERS_SHORT": "1",
+        "PYTHONPATH": str(ROOT),
+        "MPLBACKEND": "Agg",
+        "OMP_NUM_THREADS": "1",
+        "MKL_NUM_THREADS": "1",
+        "HTTPS_PROXY": "http://127.0.0.1:9",  # nobody answers there: a download would fail
+    }
+    command = [sys.executable, str(script), *OPTIONS.get(example.stem, [])]
+    result = subprocess.run(command, cwd=tmp_path.parent, env=environment, capture_output=True, text=True, timeout=600, check=False)
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert "Warning" not in result.stderr
+    assert "DIFFLAYERS_SHORT=1" in result.stdout
+    for line in LINES[example.stem]:
+        pattern = r"\s+".join(r"[-+]?\d+\.\d+" if word == "{}" else re.escape(word) for word in line.split())
+        assert re.search(pattern, result.stdout), f"{line!r} is not in\n{result.stdout}"
+    figures = list((tmp_path / "figures").glob("*.png"))
+    assert [figure.stem for figure in figures] == [example.stem]
+    assert figures[0].stat().st_size > 20_000
