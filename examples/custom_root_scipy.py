@@ -6,7 +6,7 @@ You have a solver that you trust, and you want gradients through it. :func:`~dif
 equation that its answer satisfies, and makes it a differentiable function. The solver itself stays what it is: here
 :func:`scipy.optimize.minimize`.
 
-The task is to guess a missing pixel of a photograph from the 120 pixels around it, by a robust linear regression learned from only 200
+The task is to guess a missing pixel of a photograph from the 120 pixels around it, by a robust linear regression learned from only 400
 pixels of that photograph. With so few examples everything depends on the penalty:
 
 .. math:: w(\lambda) = \arg\min_w \sum_i h(x_i^T w - y_i) + \tfrac12 \sum_j \lambda_{d(j)} w_j^2,

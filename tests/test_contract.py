@@ -24,6 +24,7 @@ CASES = [
 ]
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # Dynamo looks at it after a graph break
 @pytest.mark.parametrize(("check", "layer"), CASES)
 def test_contract(check: str, layer: Layer) -> None:
     CHECKS[check](layer)

@@ -40,6 +40,7 @@ _SWEEPS = 3  # enough for all but ill-conditioned systems: the residual is not m
 _REFINEMENTS = 9  # sweeps after those, as long as they gain
 _ACCURACY = 1e-13  # relative residual at which refinement has nothing left to gain
 _CONVERGED = 1e-12  # a larger residual after refinement calls for the pseudoinverse
+_SINGULAR = 1e-8  # a residual that stays above says that the system has no solution
 _FLOOR = 1e-6  # size of the terms below which a solution may as well be zero
 _RANK = 1e-13  # eigenvalues below, relative to the largest, count as zero
 
@@ -251,25 +252,29 @@ class ActiveSetFactor:
         return torch.maximum(residual, _ratio((gap_rows * metric).abs().amax(-1), torch.maximum((target * metric).abs().amax(-1), reach)))
 
     def _rescue(self, force: Tensor, target: Tensor, best: tuple[Tensor, ...], index: Tensor) -> tuple[Tensor, ...]:
-        """Replace the elements ``index`` by their least-squares solution of least norm, where that has the smaller residual."""
+        """Replace the elements ``index`` by their least-squares solution of least norm, unless the refined one is a solution and nearer."""
         if self._pseudoinverse is None or not torch.equal(self._pseudoinverse[0], index):
             self._pseudoinverse = (index, *self.take(index)._invert())
         scaling, inverse = self._pseudoinverse[1:]
         part, n = self.take(index), force.shape[-1]
-        force, target = force[index], target[index]
-        old = tuple(t[index] for t in best)
-        x = torch.zeros_like(old[0]) if part._pinned is None else old[0] * part._pinned
-        multipliers = torch.zeros_like(old[1])
-        for _ in range(3):
-            curve, pull = product(x, part.problem.P), product(multipliers, part.equations.rows)
-            gap_x, gap_rows = force - curve - pull, (target - product(x, part.equations.rows.mT)) * (part._weights > 0)
-            residual = part._residual((force, curve, pull), target, x, gap_x, gap_rows)
-            better = ~(residual >= old[2])
-            old = tuple(_select(better, a, b) for a, b in zip((x, multipliers, residual, gap_x), old, strict=True))
+        force, target, rows = force[index], target[index], part.equations.rows
+        refined = tuple(t[index] for t in best)
+        x = torch.zeros_like(refined[0]) if part._pinned is None else refined[0] * part._pinned
+        multipliers = torch.zeros_like(refined[1])
+        found = (*refined[:2], torch.full_like(refined[2], torch.inf), refined[3])
+        for sweep in range(4):
+            curve, pull = product(x, part.problem.P), product(multipliers, rows)
+            gap_x, gap_rows = force - curve - pull, (target - product(x, rows.mT)) * (part._weights > 0)
+            if sweep:
+                current = (x, multipliers, part._residual((force, curve, pull), target, x, gap_x, gap_rows), gap_x)
+                better = current[2] < found[2]
+                found = tuple(_select(better, new, old) for new, old in zip(current, found, strict=True))
             free = gap_x if part._pinned is None else gap_x * ~part._pinned
             step = (torch.cat((free, gap_rows), -1) * scaling) @ inverse * scaling
             x, multipliers = x + step[..., :n], multipliers + step[..., n:]
-        return tuple(whole.index_copy(0, index, part) for whole, part in zip(best, old, strict=True))
+        chosen = ~(refined[2] <= found[2]) | (found[2] > _SINGULAR)
+        parts = (_select(chosen, new, old) for new, old in zip(found, refined, strict=True))
+        return tuple(whole.index_copy(0, index, part) for whole, part in zip(best, parts, strict=True))
 
     def _invert(self) -> tuple[Tensor, Tensor]:
         """A scaling of the core, with unit rows in place of what is inactive or pinned, to unit rows, and the pseudoinverse of that."""

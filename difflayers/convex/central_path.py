@@ -23,15 +23,18 @@ References:
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from .active_set import PINNED, ActiveSetFactor, polish
-from .normal_equations import ABSENT, PENALTY, DenseQP, KKTPoint, NormalEquations, kkt_error, product, stable_cholesky, take
+from .active_set import PINNED, polish
+from .normal_equations import ABSENT, PENALTY, KKTPoint, NormalEquations, SaddleFactor, kkt_error, product, take
 
-__all__ = ["CentralPath", "Outcome"]
+if TYPE_CHECKING:
+    from .interior_point import Outcome
+
+__all__ = ["CentralPath"]
 
 _EQUAL = 1e-12  # bounds no further apart than this, relatively, fix their variable
 _YOUNG = 8  # the first iterations do not ask whether to stop
@@ -43,34 +46,8 @@ _LAST_CORRECTIONS = 8  # the same for an element that is given up,
 _NEAR = 1e-5  # if its relative KKT error is below this
 _VIOLATED = 4  # an attempt that violates this many conditions or more is not corrected
 _BOUNDARY = 0.995  # share of the way to the boundary that a step may go
-_SCHUR_DAMPING = 1e-9  # keeps the multipliers of dependent equalities from drifting apart
 _PATIENCE = 15  # iterations without progress before an element is given up
 _DIVERGED = 1e5  # multiples of the size of a problem at which an element counts as running away
-
-
-class Outcome:
-    """What is known of every element of one batch in the end: its point, its iterations, and the factor of its active set."""
-
-    def __init__(self, problem: DenseQP) -> None:
-        self.problem, self.equations = problem, NormalEquations(problem)
-        (batch, n), m, p = problem.q.shape, problem.G.shape[1], problem.A.shape[1]
-        new = problem.q.new_empty
-        bounds = (None, None) if problem.lb is None else (new(batch, n), new(batch, n))
-        self.point = KKTPoint(new(batch, n), new(batch, p), new(batch, m), *bounds)
-        self.iterations = torch.zeros(batch, dtype=torch.int64, device=problem.q.device)
-        self.factor: Any = None
-
-    def record(self, ids: Tensor, hits: Tensor, point: KKTPoint, factor: ActiveSetFactor, iteration: int) -> None:
-        """Keep the final state of the elements ``ids``: the rows ``hits`` of what is given."""
-        if factor.equations is self.equations and hits.numel() == self.iterations.numel():
-            self.factor = factor
-        else:
-            self.factor = factor.blank(self.equations) if self.factor is None else self.factor
-            self.factor.insert(ids, factor, hits)
-        for target, source in zip(self.point, point, strict=True):
-            if target is not None and source is not None:
-                target[ids] = source[hits]
-        self.iterations[ids] += iteration
 
 
 class CentralPath:
@@ -307,13 +284,13 @@ class CentralPath:
         active = z > self.ratio[index] * self._slack(x, index, equations)
         return active if self.mask is None else active & self.mask[index]
 
-    def _factorize(self, weights: Tensor) -> _Factor:
+    def _factorize(self, weights: Tensor) -> SaddleFactor:
         diagonal = None
         if self.bounded:
             lower, upper = self._bounds(weights)
             diagonal = lower + upper
             diagonal = diagonal if self.pin is None else diagonal + self.pin
-        return _Factor(self.equations.factorize(weights[..., : self.m], diagonal), self.equations.problem.A)
+        return SaddleFactor(self.equations.factorize(weights[..., : self.m], diagonal), self.equations.problem.A)
 
     def _force(self, loads: Tensor) -> Tensor:
         """−(Px + q) − Aᵀ(y + ε⁻¹ r_y) − Cᵀ loads, the right-hand side that K needs when z is eliminated."""
@@ -376,23 +353,6 @@ class CentralPath:
             if isinstance(value, Tensor):
                 setattr(self, name, value[index])
         self.best = None if self.best is None else tuple(t[index] for t in self.best)
-
-
-class _Factor:
-    """Solves KΔx + AᵀΔy = force, AΔx = −r_y with the Cholesky factor L of K and the Schur complement YᵀY, Y = L⁻¹Aᵀ."""
-
-    def __init__(self, lower: Tensor, A: Tensor) -> None:
-        self.lower, self.equalities = lower, A.shape[1]
-        if self.equalities:
-            self.half = torch.linalg.solve_triangular(lower, A.mT, upper=False)
-            self.schur = stable_cholesky(self.half.mT @ self.half, _SCHUR_DAMPING)
-
-    def solve(self, force: Tensor, r_y: Tensor) -> tuple[Tensor, Tensor]:
-        half, dy = torch.linalg.solve_triangular(self.lower, force.mT, upper=False), r_y
-        if self.equalities:
-            dy = NormalEquations.solve(self.schur, half.mT @ self.half + r_y)
-            half = half - self.half @ dy.mT
-        return torch.linalg.solve_triangular(self.lower.mT, half, upper=True).mT, dy
 
 
 def _typical(values: Tensor) -> Tensor:

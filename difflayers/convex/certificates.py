@@ -13,7 +13,7 @@ Both always follow from a QP that always has a solution. The least-squares viola
 :math:`\min \tfrac12\|d\|^2 + q^\top d` s.t. :math:`Pd = 0, Ad = 0, Gd \le 0` and the signs of the bounds, is a ray unless it vanishes.
 
 In floating point a certificate proves what it says up to a distance: with :math:`\|A^\top y + C^\top z\|_\infty = \eta` there is no
-feasible x with :math:`\|x\|_1 < -(b^\top y + d^\top z) / \eta`. That distance must exceed `REACH` times the size of the problem.
+feasible x with :math:`\|x\|_1 < -(b^\top y + d^\top z) / \eta`. That distance must exceed a multiple of the size of the problem.
 
 References:
     S. Boyd, L. Vandenberghe, Convex Optimization (2004), section 5.8.
@@ -37,22 +37,23 @@ __all__ = [
 ]
 
 REACH = 1e7  # a certificate holds for every x up to this many times the size of the problem
+_CANCELLED = 1e-9  # a sum that is smaller than this share of its terms may be rounding
 
 
-def proves_infeasible(problem: DenseQP, point: KKTPoint, size: Tensor) -> Tensor:
-    """Whether the multipliers of ``point`` show that no x up to ``REACH`` times ``size`` ``(B,)`` is feasible; ``(B,)`` bool."""
-    pull, value = _combination(problem, point)
-    return (value < 0) & (-value > REACH * size * pull)
+def proves_infeasible(problem: DenseQP, point: KKTPoint) -> Tensor:
+    """Whether the multipliers of ``point`` show that no x within reach is feasible; ``(B,)`` bool.
 
-
-def _combination(problem: DenseQP, point: KKTPoint) -> tuple[Tensor, Tensor]:
-    """The largest entry of Aᵀy + Cᵀz, and bᵀy + dᵀz."""
+    The size of the problem is the distance from the origin of the boundaries that the certificate uses.
+    """
     pull = _times(point.y, problem.A) + _times(point.z, problem.G)
-    value = (problem.b * point.y).sum(-1) + _dot(problem.h, point.z)
+    parts = [(problem.b, point.y, _norms(problem.A)), (problem.h, point.z, _norms(problem.G))]
     if problem.lb is not None and problem.ub is not None:
         pull = pull - point.z_lower + point.z_upper
-        value = value - _dot(problem.lb, point.z_lower) + _dot(problem.ub, point.z_upper)
-    return pull.abs().amax(-1), value
+        parts += [(-problem.lb, point.z_lower, torch.ones_like(pull)), (problem.ub, point.z_upper, torch.ones_like(pull))]
+    terms = torch.cat([torch.where(limits.isinf(), 0.0, limits) * multipliers for limits, multipliers, _ in parts], -1)
+    forces = torch.cat([multipliers.abs() * norms for _, multipliers, norms in parts], -1).sum(-1)
+    value, total = -terms.sum(-1), terms.abs().sum(-1)
+    return (value > _CANCELLED * total) & (value * forces > REACH * total * pull.abs().amax(-1))
 
 
 def proves_unbounded(problem: DenseQP, ray: Tensor) -> Tensor:
@@ -137,7 +138,3 @@ def _normalize(matrix: Tensor, rhs: Tensor) -> tuple[Tensor, Tensor]:
 
 def _scaled(vector: Tensor, matrix: Tensor) -> Tensor:
     return _times(vector, matrix.mT) / _norms(matrix)
-
-
-def _dot(limits: Tensor, multipliers: Tensor) -> Tensor:
-    return (torch.where(limits.isinf(), 0.0, limits) * multipliers).sum(-1)

@@ -140,6 +140,9 @@ class KKTProblem(Problem):
     def solve_linear(self, point: Sequence[Any], rhs: Tensor, transpose: bool, columns: bool) -> Solution:
         """Solve with the KKT matrix of the active set, or its transpose, reusing the engine's factor."""
         w, *theta = point
+        if rhs.numel() == 0:
+            status = torch.zeros(rhs.shape[:-1], dtype=torch.int64, device=rhs.device)
+            return Solution(torch.zeros_like(rhs), status, rhs.new_zeros(rhs.shape[:-1]), status)
         if self._factor is None:
             self._factor = self._active_set_factor(w, theta, None)
         flat = rhs.reshape(*rhs.shape[: int(columns)], -1, rhs.shape[-1])

@@ -29,11 +29,24 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["DenseQP", "KKTError", "KKTPoint", "MaybeTensor", "NormalEquations", "each", "kkt_error", "product", "stable_cholesky", "take"]
+__all__ = [
+    "DenseQP",
+    "KKTError",
+    "KKTPoint",
+    "MaybeTensor",
+    "NormalEquations",
+    "SaddleFactor",
+    "each",
+    "kkt_error",
+    "product",
+    "stable_cholesky",
+    "take",
+]
 
 ABSENT = 1e20  # limits of this size and beyond are none
 _DAMPING = 1e-10  # proximal term over the curvature of its column
 _ROUNDING = 1e-14  # diagonal entries grow by this share of themselves, so that rounding cannot make K indefinite
+_SCHUR_DAMPING = 1e-9  # keeps the multipliers of dependent equalities from drifting apart
 PENALTY = 1e6  # weight of an equation over the curvature along it; its inverse is the contraction of one refinement
 
 # A tensor, or None: a problem has both bounds or neither, which a type checker cannot carry from one tensor to the next.
@@ -222,6 +235,29 @@ class NormalEquations:
         right = vectors.mT if factor.shape[0] > 1 or vectors.shape[0] == 1 else vectors.reshape(1, -1, vectors.shape[-1]).mT
         half = torch.linalg.solve_triangular(factor, right, upper=False)
         return torch.linalg.solve_triangular(factor.mT, half, upper=True).mT.reshape(vectors.shape)
+
+
+class SaddleFactor:
+    """Solves K Δx + Aᵀ Δy = force, A Δx = −r_y with the Cholesky factor L of K and the Schur complement YᵀY, Y = L⁻¹Aᵀ.
+
+    Args:
+        lower: ``(B, n, n)`` the factor L.
+        A: ``(B or 1, p, n)``.
+    """
+
+    def __init__(self, lower: Tensor, A: Tensor) -> None:
+        self.lower, self.equalities = lower, A.shape[1]
+        if self.equalities:
+            self.half = torch.linalg.solve_triangular(lower, A.mT, upper=False)
+            self.schur = stable_cholesky(self.half.mT @ self.half, _SCHUR_DAMPING)
+
+    def solve(self, force: Tensor, r_y: Tensor) -> tuple[Tensor, Tensor]:
+        """Δx ``(B, 1, n)`` and Δy ``(B, 1, p)``."""
+        half, dy = torch.linalg.solve_triangular(self.lower, force.mT, upper=False), r_y
+        if self.equalities:
+            dy = NormalEquations.solve(self.schur, half.mT @ self.half + r_y)
+            half = half - self.half @ dy.mT
+        return torch.linalg.solve_triangular(self.lower.mT, half, upper=True).mT, dy
 
 
 def _align(*matrices: Tensor) -> list[Tensor]:

@@ -116,7 +116,8 @@ def solve_qp(
     if on_failure != "raise":
         lost = status != Status.SOLVED if on_failure == "nan" else status == Status.NUMERICAL_ERROR
         point = torch.where(lost.unsqueeze(-1), torch.nan, point)
-    x, y, z, z_box = sizes.split(point.to(dtype))
+    # The Function keeps its output for the derivatives; the caller's copy may be modified in place.
+    x, y, z, z_box = sizes.split(point.to(dtype, copy=True))
     return QPSolution(x, y, z, z_box, status, primal.to(dtype), dual.to(dtype), gap.to(dtype), iterations)
 
 

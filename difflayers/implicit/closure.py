@@ -71,7 +71,7 @@ class Explicit:
         with self._context.restored():
             if self._watched:
                 self._watched = False
-                return self._call_watched(values, args)
+                self._look(values, args)
             if all(new is old for new, old in zip(values, self._captured, strict=True)):
                 return self._function(*args)
             return self._call_swapped(values, _views(args))
@@ -88,19 +88,19 @@ class Explicit:
                 self._lift = True
         return _call_above(self._function, args, self._captured, values)
 
-    def _call_watched(self, values: Sequence[Tensor], args: Any) -> Any:
-        args = _views(args)
+    def _look(self, values: Sequence[Tensor], args: Any) -> None:
+        """Run once without a graph, whose saved tensors would look like tensors from outside, and see what is read."""
+        values, args = _pytree.tree_map(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, (list(values), args))
         lift = self._lift
         collect = _Collect([*_tensors(_pytree.tree_leaves(args)), *values])
-        with collect:
+        with torch.no_grad(), without_saved_tensor_hooks(), collect:
             value = self._call_swapped(values, args)
         if self._lift != lift:  # what the first attempt had made may still be alive
-            return self._call_watched(values, args)
-        if any(_carries_a_derivative(tensor) for tensor in collect.captured(value)):
+            self._look(values, args)
+        elif any(_carries_a_derivative(tensor) for tensor in collect.captured(value)):
             raise DiffLayersError(
                 _PASS_IT.format("is read at the solution but not at the starting point (a branch, or a changed variable)")
             )
-        return value
 
 
 def _views(args: Any) -> Any:

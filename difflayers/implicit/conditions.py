@@ -9,6 +9,7 @@ Reference: Blondel et al., Efficient and Modular Implicit Differentiation, NeurI
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -50,7 +51,11 @@ def stationarity(fun: Objective) -> Callable[..., Any]:
         >>> torch.func.jacrev(lambda weight: fit(torch.zeros_like(y), weight))(torch.tensor(1.0, dtype=torch.float64))
         tensor([-0.5000, -1.0000], dtype=torch.float64)
     """
-    return torch.func.grad(fun)
+    return functools.partial(_stationarity, fun)
+
+
+def _stationarity(fun: Objective, x: Any, *args: Any) -> Any:
+    return torch.func.grad(fun)(x, *args)
 
 
 def kkt(
@@ -84,28 +89,32 @@ def kkt(
         tensor([[1., 0.],
                 [0., 0.]])
     """
+    return functools.partial(_kkt, fun, equality, inequality)
 
-    def residual(solution: tuple[Any, ...], *args: Any) -> tuple[Any, ...]:
-        x, *multipliers = solution
-        constraints = [constraint for constraint in (equality, inequality) if constraint is not None]
-        if len(multipliers) != len(constraints):
-            raise ValueError(
-                f"expected x and one multiplier for each of {len(constraints)} constraints, got {len(multipliers)} multipliers"
-            )
 
-        def lagrangian(x: Any) -> Tensor:
-            terms = [(multiplier * constraint(x, *args)).sum() for multiplier, constraint in zip(multipliers, constraints, strict=True)]
-            return fun(x, *args) + sum(terms)
+def _kkt(
+    fun: Objective,
+    equality: Callable[..., Tensor] | None,
+    inequality: Callable[..., Tensor] | None,
+    solution: tuple[Any, ...],
+    *args: Any,
+) -> tuple[Any, ...]:
+    x, *multipliers = solution
+    constraints = [constraint for constraint in (equality, inequality) if constraint is not None]
+    if len(multipliers) != len(constraints):
+        raise ValueError(f"expected x and one multiplier for each of {len(constraints)} constraints, got {len(multipliers)} multipliers")
 
-        rows: list[Any] = [torch.func.grad(lagrangian)(x)]
-        if equality is not None:
-            rows.append(equality(x, *args))
-        if inequality is not None:
-            slack, multiplier = -inequality(x, *args), multipliers[-1]
-            rows.append(torch.where(multiplier > slack, slack, multiplier))
-        return tuple(rows)
+    def lagrangian(x: Any) -> Tensor:
+        terms = [(multiplier * constraint(x, *args)).sum() for multiplier, constraint in zip(multipliers, constraints, strict=True)]
+        return fun(x, *args) + sum(terms)
 
-    return residual
+    rows: list[Any] = [torch.func.grad(lagrangian)(x)]
+    if equality is not None:
+        rows.append(equality(x, *args))
+    if inequality is not None:
+        slack, multiplier = -inequality(x, *args), multipliers[-1]
+        rows.append(torch.where(multiplier > slack, slack, multiplier))
+    return tuple(rows)
 
 
 def proximal_gradient(fun: Objective, prox: Callable[..., Any], stepsize: float = 1.0) -> Callable[..., Any]:
@@ -130,11 +139,11 @@ def proximal_gradient(fun: Objective, prox: Callable[..., Any], stepsize: float 
         >>> torch.func.jacrev(lambda weight: lasso(torch.zeros_like(y), weight, y))(weight)
         tensor([-1., 0.], dtype=torch.float64)
     """
+    return functools.partial(_proximal_step, fun, prox, stepsize)
 
-    def step(x: Any, prox_args: Any, *args: Any) -> Any:
-        return prox(_descend(fun, x, args, stepsize), prox_args, stepsize)
 
-    return step
+def _proximal_step(fun: Objective, prox: Callable[..., Any], stepsize: float, x: Any, prox_args: Any, *args: Any) -> Any:
+    return prox(_descend(fun, x, args, stepsize), prox_args, stepsize)
 
 
 def projected_gradient(fun: Objective, projection: Callable[..., Any], stepsize: float = 1.0) -> Callable[..., Any]:
@@ -158,7 +167,11 @@ def projected_gradient(fun: Objective, projection: Callable[..., Any], stepsize:
         tensor([[0., 0.],
                 [0., 1.]], dtype=torch.float64)
     """
-    return proximal_gradient(fun, lambda x, projection_args, _: projection(x, projection_args), stepsize)
+    return proximal_gradient(fun, functools.partial(_as_prox, projection), stepsize)
+
+
+def _as_prox(projection: Callable[..., Any], x: Any, projection_args: Any, _: float) -> Any:
+    return projection(x, projection_args)
 
 
 def mirror_descent(
@@ -185,12 +198,20 @@ def mirror_descent(
         >>> weights(torch.full((2,), 0.5, dtype=torch.float64), None, torch.tensor([0.0, 1.0], dtype=torch.float64))
         tensor([0.7311, 0.2689], dtype=torch.float64)
     """
+    return functools.partial(_mirror_step, fun, projection, mirror, stepsize)
 
-    def step(x: Any, projection_args: Any, *args: Any) -> Any:
-        gradient = torch.func.grad(fun)(x, *args)
-        return projection(_pytree.tree_map(lambda dual, slope: dual - stepsize * slope, mirror(x), gradient), projection_args)
 
-    return step
+def _mirror_step(
+    fun: Objective,
+    projection: Callable[..., Any],
+    mirror: Callable[[Any], Any],
+    stepsize: float,
+    x: Any,
+    projection_args: Any,
+    *args: Any,
+) -> Any:
+    gradient = torch.func.grad(fun)(x, *args)
+    return projection(_pytree.tree_map(lambda dual, slope: dual - stepsize * slope, mirror(x), gradient), projection_args)
 
 
 def newton(fun: Objective) -> Callable[..., Any]:
@@ -213,16 +234,16 @@ def newton(fun: Objective) -> Callable[..., Any]:
         >>> torch.func.jacrev(lambda a: minimum(torch.zeros_like(a), a))(a)
         tensor([[0.5000]], dtype=torch.float64)
     """
+    return functools.partial(_newton_step, fun)
 
-    def step(x: Any, *args: Any) -> Any:
-        from .linear_solve import linear_solve
 
-        raveler = Raveler(x)
-        row = raveler.ravel(x)
-        gradient = torch.func.grad(lambda row: fun(raveler.unravel(row), *args))
-        return raveler.unravel(row - linear_solve(torch.func.jacrev(gradient)(row), gradient(row), symmetric=True).x)
+def _newton_step(fun: Objective, x: Any, *args: Any) -> Any:
+    from .linear_solve import linear_solve
 
-    return step
+    raveler = Raveler(x)
+    row = raveler.ravel(x)
+    gradient = torch.func.grad(lambda row: fun(raveler.unravel(row), *args))
+    return raveler.unravel(row - linear_solve(torch.func.jacrev(gradient)(row), gradient(row), symmetric=True).x)
 
 
 def block_proximal_gradient(fun: Objective, proxes: Sequence[Callable[..., Any]], stepsizes: Sequence[float]) -> Callable[..., Any]:
@@ -250,17 +271,25 @@ def block_proximal_gradient(fun: Objective, proxes: Sequence[Callable[..., Any]]
     if len(proxes) != len(stepsizes):
         raise ValueError(f"expected one stepsize for each of {len(proxes)} proxes, got {len(stepsizes)}")
 
-    def sweep(x: Sequence[Any], prox_args: Sequence[Any], *args: Any) -> tuple[Any, ...]:
-        blocks = list(x)
-        for i, (prox, stepsize) in enumerate(zip(proxes, stepsizes, strict=True)):
+    return functools.partial(_sweep, fun, proxes, stepsizes)
 
-            def of_block(block: Any, i: int = i) -> Tensor:
-                return fun((*blocks[:i], block, *blocks[i + 1 :]), *args)
 
-            blocks[i] = prox(_descend(of_block, blocks[i], (), stepsize), prox_args[i], stepsize)
-        return tuple(blocks)
+def _sweep(
+    fun: Objective,
+    proxes: Sequence[Callable[..., Any]],
+    stepsizes: Sequence[float],
+    x: Sequence[Any],
+    prox_args: Sequence[Any],
+    *args: Any,
+) -> tuple[Any, ...]:
+    blocks = list(x)
+    for i, (prox, stepsize) in enumerate(zip(proxes, stepsizes, strict=True)):
 
-    return sweep
+        def of_block(block: Any, i: int = i) -> Tensor:
+            return fun((*blocks[:i], block, *blocks[i + 1 :]), *args)
+
+        blocks[i] = prox(_descend(of_block, blocks[i], (), stepsize), prox_args[i], stepsize)
+    return tuple(blocks)
 
 
 def _descend(fun: Objective, x: Any, args: tuple[Any, ...], stepsize: float) -> Any:

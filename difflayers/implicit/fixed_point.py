@@ -29,8 +29,9 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree
 
+from ..errors import ShapeError
 from ..pytree import is_floating
-from ..solution import OnFailure, Solution
+from ..solution import OnFailure, Solution, Status
 from .eager import eager
 from .methods import LinearMethod
 from .root import ImplicitRoot, LinearSolver, custom_root
@@ -139,15 +140,30 @@ class ImplicitFixedPoint(ImplicitRoot):
             x = self._steps(_detached(x0), args)
             # The check runs inside the core, where every element is a plain tensor, whatever transforms are on.
             check = ImplicitFixedPoint(self.residual_fn, "picard", self.linear, **self._options(max_iter=1, tol=self._unroll_tol(x)))
-            return check.solve(_detached(x), *_detached(args))._replace(x=x)
+            found = check.solve(_detached(x), *_detached(args))
+            return found._replace(x=self._choose(found.status, x, torch.nan) if self.on_failure == "nan" else x)
         with torch.no_grad():
             found = super().solve(_detached(x0), *_detached(args))
-        return found._replace(x=self._steps(_detached(found.x), args))
+        if self.on_failure != "nan":
+            return found._replace(x=self._steps(_detached(found.x), args))
+        start = self._choose(found.status, _detached(found.x), _detached(x0))
+        return found._replace(x=self._choose(found.status, self._steps(start, args), torch.nan))
+
+    def _choose(self, status: Tensor, x: Any, otherwise: Any) -> Any:
+        """``x`` in the elements that are solved, ``otherwise`` (a tree like it, or a number) in the others."""
+        if isinstance(otherwise, float):
+            otherwise = _pytree.tree_map(lambda leaf: torch.full_like(leaf, otherwise) if is_floating(leaf) else leaf, x)
+
+        def choose(a: Any, b: Any) -> Any:
+            solved = (status == Status.SOLVED).reshape((*status.shape, *[1] * (a.dim() - status.dim()))) if is_floating(a) else None
+            return a if solved is None else torch.where(solved, a, b)
+
+        return _pytree.tree_map(choose, x, otherwise)
 
     def _steps(self, x: Any, args: tuple[Any, ...]) -> Any:
         count, damping = self.steps
         for _ in range(count):
-            new = self._apply(x, *args)
+            new = _fitting(x, self._apply(x, *args))
             if damping != 1.0:
                 new = _pytree.tree_map(lambda a, b: a + damping * (b - a) if is_floating(a) else a, x, new)
             x = new
@@ -158,7 +174,7 @@ class ImplicitFixedPoint(ImplicitRoot):
         return value[0] if self.has_aux else value
 
     def _residual(self, x: Any, *args: Any) -> Any:
-        return _pytree.tree_map(lambda a, b: a - b if is_floating(a) else a, x, self._apply(x, *args))
+        return _difference(x, self._apply(x, *args))
 
     def _search(self, residual: Callable[[Any], Any]) -> Callable[[Any], Any]:
         # Solvers of this family want the map; T(x) = x − F(x) gives it back from the residual that the core carries.
@@ -211,9 +227,26 @@ def custom_fixed_point(
     """
 
     def residual(x: Any, *args: Any) -> Any:
-        return _pytree.tree_map(lambda a, b: a - b if is_floating(a) else a, x, map_fn(x, *args))
+        return _difference(x, map_fn(x, *args))
 
     return custom_root(residual, has_aux=has_aux, linear_solver=linear_solver, symmetric=symmetric, on_failure=on_failure)
+
+
+def _difference(x: Any, image: Any) -> Any:
+    """x − T(x), leaf by leaf; leaves that are no unknowns stay."""
+    return _pytree.tree_map(lambda a, b: a - b if is_floating(a) else a, x, _fitting(x, image))
+
+
+def _fitting(x: Any, image: Any) -> Any:
+    """``image``, if its leaves have the shapes and dtypes of those of x; arithmetic would broadcast a wrong one in silence."""
+
+    def check(a: Any, b: Any) -> Any:
+        if is_floating(a) and (not is_floating(b) or a.shape != b.shape or a.dtype != b.dtype):
+            came = f"{tuple(b.shape)} {b.dtype}" if isinstance(b, Tensor) else type(b).__name__
+            raise ShapeError(f"the map must return the shape and dtype of x: x is {tuple(a.shape)} {a.dtype}, the map returned {came}")
+        return b
+
+    return _pytree.tree_map(check, x, image)
 
 
 def _detached(tree: Any) -> Any:

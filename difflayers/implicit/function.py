@@ -24,12 +24,13 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from ..errors import ShapeError
 from ..pytree import is_differentiable
 from ..solution import OnFailure, Solution, Status, report_failures
 from ..solvers.linearize import block_jacobian, jvp, vjp, without_saved_tensor_hooks
 from .methods import LinearMethod
 
-__all__ = ["ImplicitFunction", "Linearized", "Problem", "nan_where_failed", "solve_implicitly"]
+__all__ = ["ImplicitFunction", "Linearized", "Problem", "check_residual", "nan_where_failed", "solve_implicitly"]
 
 Find = Callable[[Callable[[Tensor], Tensor], Tensor, int], Solution]
 
@@ -42,7 +43,17 @@ def solve_implicitly(problem: Problem | Linearized, x0: Tensor, theta: Sequence[
         x0: ``(*batch, n)``, the starting point; no derivative flows to it.
         theta: the arguments of the residual after x; non-tensors pass through.
     """
-    return Solution(*ImplicitFunction.apply(problem, x0.detach(), *theta)[:4])
+    found = Solution(*ImplicitFunction.apply(problem, x0.detach(), *theta)[:4])
+    # The Function keeps its output for the derivatives; the caller's copy may be modified in place.
+    return found._replace(x=found.x.clone())
+
+
+def check_residual(residual: Tensor, x: Tensor, of: str = "the residual", like: str = "x") -> None:
+    """Refuse a residual that has not the shape and dtype of the unknown, as rows."""
+    if residual.shape != x.shape:
+        raise ShapeError(f"{of} must have the shape of {like}: as rows it has {tuple(residual.shape)}, {like} has {tuple(x.shape)}")
+    if residual.dtype != x.dtype:
+        raise ShapeError(f"{like} is {x.dtype} and {of} {residual.dtype}; convert {like} or the arguments, so that both have one dtype")
 
 
 def nan_where_failed(found: Solution, on_failure: OnFailure) -> Tensor:

@@ -23,7 +23,7 @@ from ..pytree import Raveler, is_floating
 from ..solution import OnFailure, Solution
 from .closure import hoist, visible_to_modes
 from .eager import eager
-from .function import Linearized, Problem, nan_where_failed, solve_implicitly
+from .function import Linearized, Problem, check_residual, nan_where_failed, solve_implicitly
 from .methods import LinearMethod
 
 __all__ = ["linear_solve"]
@@ -93,7 +93,10 @@ def _with_matrix(A: Tensor, b: Tensor, linear: LinearMethod, on_failure: OnFailu
     batch = A.shape[:-2]
     lead = b.shape[:-1]
     if lead[len(lead) - len(batch) :] != batch:
-        batch = torch.broadcast_shapes(batch, lead[len(lead) - min(len(batch), len(lead)) :])
+        try:
+            batch = torch.broadcast_shapes(batch, lead[len(lead) - min(len(batch), len(lead)) :])
+        except RuntimeError as error:
+            raise ShapeError(f"batch dimensions do not broadcast: got {tuple(A.shape)} and {tuple(b.shape)}") from error
         A = A.expand(*batch, *A.shape[-2:])
     b = b.expand(*torch.broadcast_shapes(batch, lead), b.shape[-1])
     problem = _MatrixProblem(linear, len(batch), on_failure)
@@ -105,7 +108,8 @@ def _with_matrix(A: Tensor, b: Tensor, linear: LinearMethod, on_failure: OnFailu
 def _with_function(matvec: Callable[[Any], Any], b: Any, linear: LinearMethod, batch_ndim: int, on_failure: OnFailure) -> Solution:
     raveler = Raveler(b, batch_ndim)
     rows = raveler.ravel(b)
-    explicit, captured, _ = hoist(raveler.on_rows(matvec), torch.zeros_like(rows))
+    explicit, captured, product = hoist(raveler.on_rows(matvec), torch.zeros_like(rows))
+    check_residual(product, rows, "A u", "b")
 
     def residual(x: Tensor, *theta: Tensor) -> Tensor:
         return explicit(theta, x)

@@ -25,7 +25,7 @@ from ..pytree import Raveler, is_floating
 from ..solution import OnFailure, Solution, Status, report_failures
 from .closure import hoist, visible_to_modes
 from .eager import eager
-from .function import ImplicitFunction, Problem, nan_where_failed, solve_implicitly
+from .function import ImplicitFunction, Problem, check_residual, nan_where_failed, solve_implicitly
 from .methods import LinearMethod
 
 __all__ = ["ImplicitRoot", "custom_root", "implicit_root", "root_jvp", "root_vjp"]
@@ -149,7 +149,7 @@ class ImplicitRoot:
 
         tensors = [leaves[i] for i in moving]
         explicit, captured, first = hoist(rows, start, *tensors, of=self.residual_fn)
-        _check(first, start)
+        check_residual(first, start)
         split = len(captured)
 
         def residual(x: Tensor, *theta: Tensor) -> Tensor:
@@ -314,13 +314,6 @@ def _known_root(residual_fn: Callable[..., Any], x: Any, linear_solver: LinearSo
 def _stay(residual: Callable[..., Any], x0: Any, *, batch_ndim: int) -> Any:
     """The solver of a problem that is solved already."""
     return x0
-
-
-def _check(residual: Tensor, x: Tensor) -> None:
-    if residual.shape != x.shape:
-        raise ShapeError(f"the residual must have the shape of x: as rows it has {tuple(residual.shape)}, x has {tuple(x.shape)}")
-    if residual.dtype != x.dtype:
-        raise ShapeError(f"x is {x.dtype} and the residual {residual.dtype}; convert x or the arguments, so that both have one dtype")
 
 
 class _Call(Problem):

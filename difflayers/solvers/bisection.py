@@ -98,7 +98,8 @@ def _bracket(residual_fn: Callable[[Tensor], Tensor], lower: Tensor, upper: Tens
         raise ShapeError(f"lower and upper must be floating tensors of one dtype, got {came}")
     lower, upper = torch.broadcast_tensors(lower, upper)
     f_lower, f_upper = residual_fn(lower), residual_fn(upper)
-    if f_lower.shape != lower.shape:
+    fits = f_lower.dim() >= lower.dim() and all(s in (1, t) for s, t in zip(reversed(lower.shape), reversed(f_lower.shape), strict=False))
+    if f_lower.shape != lower.shape and fits:
         # f may bring the batch with it, a tensor of parameters for one shared bracket.
         lower, upper = lower.expand(f_lower.shape), upper.expand(f_lower.shape)
         f_lower, f_upper = residual_fn(lower), residual_fn(upper)

@@ -217,6 +217,8 @@ def _descend(
     _, gradient = value_and_grad(objective, y)
     s = first = first_stepsize(objective, x, gradient, stepsize)
     rows, momentum = Rows(x), torch.ones_like(s)
+    # Shorter steps than this are lost in the rounding of x.
+    shortest = 1e-2 * torch.finfo(x.dtype).eps ** 0.5 * first
     # Without momentum steps up to 2/L contract.
     slack = 1.0 if acceleration else 1.5
     quiet, patience = torch.zeros_like(rows.iterations), torch.ones_like(rows.iterations)
@@ -232,7 +234,7 @@ def _descend(
         rows.residual = torch.where(rows.running & genuine & done, torch.inf, rows.residual)
         rows.record(torch.where(genuine[..., None], y, trial), residual)
         rows.stop(genuine & done, Status.SOLVED)
-        rows.stop(~torch.isfinite(residual) | (s < 1e-8 * first), Status.NUMERICAL_ERROR)
+        rows.stop(~torch.isfinite(residual) | (s < shortest), Status.NUMERICAL_ERROR)
         if k % 10 == 9:
             rows.settle(rows.idle >= 50, norm(move) / scale_of(y, start).clamp_min(1))
         if not rows.any_running():

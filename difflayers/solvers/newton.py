@@ -21,11 +21,11 @@ from ..solution import Solution, Status
 from .dense import lu_factor
 from .gmres import gmres
 from .linearize import block_jacobian, jvp
-from .loop import Rows, check_options, default_tol, norm, relative, scale_of
+from .loop import Rows, check_options, default_tol, norm, relative
 
 __all__ = ["newton"]
 
-_TRIALS = 20
+_TRIALS = 25
 
 
 @torch.no_grad()
@@ -60,26 +60,30 @@ def newton(
     check_options(tol, max_iter)
     raveler = Raveler(x0, batch_ndim)
     function = raveler.on_rows(residual_fn)
-    x = start = raveler.ravel(x0)
+    x = raveler.ravel(x0)
     tol = default_tol(x.dtype) if tol is None else tol
     linearization = _Dense if x.shape[-1] <= dense_limit else _MatrixFree
     rows, value = Rows(x), function(x)
     rows.stop(~torch.isfinite(value).all(-1), Status.NUMERICAL_ERROR)
+    # The largest that each unknown has been: one that is zero at the solution still has a scale.
+    extent = x.abs()
     for k in range(max_iter + 1):
         if k == max_iter or not rows.any_running():
             break
         local = linearization(function, x, value)
         if k == 0:
-            rows.record(x, local.residual(x, value, start))
+            rows.record(x, local.residual(x, value, extent))
             rows.stop(rows.residual <= tol, Status.SOLVED)
-        step = local.step
-        x, value, moved = _line_search(function, x, value, step.x, rows.running)
+        x, value, moved = _line_search(function, x, value, local.step.x, rows.running)
+        extent = torch.maximum(extent, x.abs())
         rows.count()
-        # The Jacobian of the previous point gives the scale of the new residual: near a solution they agree.
-        rows.record(x, local.residual(x, value, start))
+        # ‖F‖ falls with every step, so the last iterate is the best. The Jacobian of the point before gives the scale of its
+        # residual: near a solution they agree.
+        rows.residual = torch.where(rows.running & moved, torch.inf, rows.residual)
+        rows.record(x, local.residual(x, value, extent))
         rows.stop(moved & (rows.residual <= tol), Status.SOLVED)
-        rows.settle(~moved, local.noise(x, value, start))
-        rows.stop(~moved & (step.status == Status.SINGULAR), Status.SINGULAR)
+        rows.settle(~moved, local.residual(x, value, extent, floor=1.0))
+        rows.stop(~moved & (local.step.status == Status.SINGULAR), Status.SINGULAR)
         rows.stop(~moved, Status.NUMERICAL_ERROR)
     return rows.solution(raveler)
 
@@ -88,36 +92,37 @@ class _Dense:
     """The Newton step by a factorization."""
 
     def __init__(self, function: Callable[[Tensor], Tensor], x: Tensor, value: Tensor) -> None:
-        self.jacobian = block_jacobian(function, x)
-        self.slope = norm(self.jacobian)
-        self.step = lu_factor(self.jacobian).solve(-value)
+        jacobian = block_jacobian(function, x)
+        self.magnitude = jacobian.abs()
+        self.step = lu_factor(jacobian).solve(-value)
 
-    def residual(self, x: Tensor, value: Tensor, start: Tensor) -> Tensor:
-        """The largest |F_i| relative to its terms; unknowns near zero count with a little of the norm of x."""
-        terms = (self.jacobian.abs() @ x.abs()[..., None]).squeeze(-1)
-        floor = torch.finfo(x.dtype).eps ** 0.5 * self.slope * scale_of(x, start)[..., None]
-        return relative(value.abs(), terms + floor).amax(-1)
-
-    def noise(self, x: Tensor, value: Tensor, start: Tensor) -> Tensor:
-        """The same, relative to the norm of x or to 1."""
-        return relative(value.abs(), self.slope * scale_of(x, start).clamp_min(1)[..., None]).amax(-1)
+    def residual(self, x: Tensor, value: Tensor, extent: Tensor, floor: float = 0.0) -> Tensor:
+        """The largest ``|F_i|`` relative to its terms, where unknowns near zero, or below ``floor``, count for a little more."""
+        terms = self.magnitude @ _size_of(x, extent, floor)[..., None]
+        return relative(value.abs(), terms.squeeze(-1)).amax(-1)
 
 
 class _MatrixFree:
     """The Newton step by GMRES, to a fixed accuracy so that no row's work depends on another's."""
 
     def __init__(self, function: Callable[[Tensor], Tensor], x: Tensor, value: Tensor) -> None:
-        self.step = gmres(lambda v: jvp(function, (x,), (v,))[1], -value, tol=1e-4)
-        # ‖J d‖ / ‖d‖ is a lower bound of ‖J‖, so the stopping rule is at least as strict as with J itself.
-        self.slope = relative(norm(value), norm(self.step.x))
+        # A lower bound of ‖J‖ from all the products that GMRES makes: the stopping rule is at least as strict as with ‖J‖.
+        self.slope = torch.zeros_like(x[..., 0])
 
-    def residual(self, x: Tensor, value: Tensor, start: Tensor) -> Tensor:
-        """‖F‖ relative to ‖J‖ ‖x‖."""
-        return relative(norm(value), self.slope * scale_of(x, start))
+        def product(v: Tensor) -> Tensor:
+            image = jvp(function, (x,), (v,))[1]
+            self.slope = torch.fmax(self.slope, norm(image) / norm(v))
+            return image
 
-    def noise(self, x: Tensor, value: Tensor, start: Tensor) -> Tensor:
-        """The same, relative to the norm of x or to 1."""
-        return relative(norm(value), self.slope * scale_of(x, start).clamp_min(1))
+        self.step = gmres(product, -value, tol=1e-4)
+
+    def residual(self, x: Tensor, value: Tensor, extent: Tensor, floor: float = 0.0) -> Tensor:
+        """‖F‖ relative to ‖J‖ ‖x‖, likewise."""
+        return relative(norm(value), self.slope * norm(_size_of(x, extent, floor)))
+
+
+def _size_of(x: Tensor, extent: Tensor, floor: float) -> Tensor:
+    return torch.maximum(x.abs(), torch.finfo(x.dtype).eps ** 0.5 * extent).clamp_min(floor)
 
 
 def _line_search(
@@ -140,5 +145,5 @@ def _line_search(
         moved, searching = moved | accept, searching & ~accept
         # ‖F‖² along d starts with slope −2 ‖F‖²: the minimum of the parabola through what is known, within reason.
         vertex = length**2 * before / (after - before + 2 * length * before)
-        length = torch.where(torch.isfinite(vertex), vertex, 0).clamp(0.1 * length, 0.5 * length)
+        length = torch.where(torch.isfinite(vertex), vertex, 0).clamp(0.25 * length, 0.5 * length)
     return x, value, moved

@@ -36,9 +36,6 @@ def slope_of(step, b: Tensor = BIAS, **options: object) -> Tensor:
     return jacrev(lambda b: layer(ZERO, b))(b)
 
 
-# The exact mode.
-
-
 @pytest.mark.parametrize("solver", ["anderson", "picard", "broyden", "newton"])
 def test_ift_is_exact_to_third_order(solver: str) -> None:
     layer = implicit_fixed_point(cell, solver)
@@ -48,9 +45,6 @@ def test_ift_is_exact_to_third_order(solver: str) -> None:
 
     assert relative_error(layer(ZERO, BIAS), exact(BIAS)) < 1e-7
     assert relative_error(third(lambda b: layer(ZERO, b)), third(exact)) < 1e-6
-
-
-# The approximate ones.
 
 
 @pytest.mark.parametrize("mode", ["neumann", "phantom"])

@@ -144,9 +144,6 @@ def test_function_of_a_structure() -> None:
     assert abs(slope - (-total / denominator + (1 - value * total) * 8 * value / denominator**2)) < 1e-8
 
 
-# Options.
-
-
 def hard(n: int = 40) -> Tensor:
     rotation = torch.linalg.qr(numbers(n, n, seed=4)).Q
     return (rotation * torch.logspace(0, 4, n, dtype=torch.float64)) @ rotation.mT
@@ -215,9 +212,6 @@ def test_neumann_terms() -> None:
     sums = [b + J @ b + J @ J @ b, b + J @ b + J @ J @ b + J @ J @ J @ b]
     assert min(relative_error(found.x, one) for one in sums) < 1e-12
     assert found.status == Status.MAX_ITER
-
-
-# Edges and failures.
 
 
 @ALL

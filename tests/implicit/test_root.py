@@ -40,9 +40,6 @@ def coupled(x: Tensor, a: Tensor) -> Tensor:
     return x + 0.3 * torch.sin(x.flip(-1)) * a - torch.cos(a)
 
 
-# Structures.
-
-
 def test_unknowns_and_arguments_of_any_structure() -> None:
     def residual(x, args, power):
         (gain, which), target = args["pair"], args["target"]
@@ -128,9 +125,6 @@ def test_x0_that_is_the_solution() -> None:
     assert x.data_ptr() != start.data_ptr()
 
 
-# Auxiliary outputs.
-
-
 def test_aux_of_a_residual_is_differentiable() -> None:
     layer = implicit_root(lambda x, a: (x * x - a, {"cube": x**3 * a}), has_aux=True)
 
@@ -160,9 +154,6 @@ def test_aux_of_a_custom_solver_is_passed_through() -> None:
     assert torch.equal(twice, 2 * points)
     assert steps.tolist() == [3, 3, 3]
     assert torch.allclose(vmap(grad(lambda a: solve(None, a)[0]))(points), 0.5 / points.sqrt())
-
-
-# Solvers of the user's.
 
 
 def test_custom_solver_sees_plain_tensors_once_per_element() -> None:
@@ -200,9 +191,6 @@ def test_custom_solver_with_integer_and_plain_arguments() -> None:
     assert torch.allclose(grad(lambda a: power(None, a, torch.tensor(1), 3))(a), tensor(0.0, 12.0, 0.0))
 
 
-# One product at a known solution.
-
-
 def test_root_vjp_and_root_jvp() -> None:
     def residual(x: dict[str, Tensor], A: Tensor, b: dict[str, Tensor]) -> dict[str, Tensor]:
         return {"x": A @ x["x"] - b["b"]}
@@ -217,9 +205,6 @@ def test_root_vjp_and_root_jvp() -> None:
     pushed = root_jvp(residual, x, (A, {"b": b}), (dA, {"b": db}), linear_solver="gmres")
     assert torch.allclose(pushed["x"], inverse @ (db - dA @ x["x"]))
     assert torch.allclose(vmap(lambda g: root_vjp(residual, x, (A, {"b": b}), {"x": g})[1]["b"])(torch.eye(2).double()), inverse)
-
-
-# What is said of symmetry is for the solver only.
 
 
 @pytest.mark.parametrize("linear_solver", ["auto", "cg", "cholesky"])
@@ -238,9 +223,6 @@ def test_symmetric_is_exact_in_every_entry(linear_solver: str) -> None:
     assert not torch.allclose(grad(exact)(A), grad(exact)(A).mT)
     assert relative_error(grad(ours)(A), grad(exact)(A)) < 1e-9
     assert relative_error(hessian(ours)(A), hessian(exact)(A)) < 1e-8
-
-
-# Failures.
 
 
 def no_root(x: Tensor, a: Tensor) -> Tensor:
@@ -349,9 +331,6 @@ def test_nan_cotangent_passes_as_nan_there_only(mapped: bool) -> None:
     assert torch.allclose(slope, tensor(0.5, torch.nan, 1 / 6), equal_nan=True)
 
 
-# Copies.
-
-
 class RootOf(nn.Module):
     """x² = gain · a."""
 
@@ -383,9 +362,6 @@ def test_copies_are_their_own(duplicate) -> None:
     assert module.gain.grad is None
 
 
-# Other ways through autograd.
-
-
 @pytest.mark.parametrize("use_reentrant", [False, True])
 def test_checkpoint(use_reentrant: bool) -> None:
     a = tensor(0.4, 0.9).requires_grad_()
@@ -405,6 +381,7 @@ def test_is_grads_batched() -> None:
     assert relative_error(batched, loop) < 1e-12
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # Dynamo looks at it after a graph break
 @pytest.mark.slow
 def test_compile_with_graph_breaks() -> None:
     layer = implicit_root(coupled)
@@ -430,9 +407,6 @@ def test_one_attached_newton_step_is_wrong_in_second_order() -> None:
     assert not slope.requires_grad  # the second derivative is lost, the exact one is −1/32
     (slope,) = torch.autograd.grad(implicit_root(square)(ONE, a), a, create_graph=True)
     assert abs(torch.autograd.grad(slope, a)[0] + 1 / 32) < 1e-9
-
-
-# Refusals.
 
 
 @pytest.mark.parametrize(
