@@ -49,7 +49,17 @@ def solve_implicitly(problem: Problem | Linearized, x0: Tensor, theta: Sequence[
 
 
 def check_residual(residual: Tensor, x: Tensor, of: str = "the residual", like: str = "x") -> None:
-    """Refuse a residual that has not the shape and dtype of the unknown, as rows."""
+    """Refuse a residual that has not the shape and dtype of the unknown.
+
+    Args:
+        residual: rows, ``(*batch, n)`` as they should be.
+        x: ``(*batch, n)``.
+        of: what the message calls the residual.
+        like: what the message calls x.
+
+    Raises:
+        ShapeError: they differ.
+    """
     if residual.shape != x.shape:
         raise ShapeError(f"{of} must have the shape of {like}: as rows it has {tuple(residual.shape)}, {like} has {tuple(x.shape)}")
     if residual.dtype != x.dtype:
@@ -57,7 +67,12 @@ def check_residual(residual: Tensor, x: Tensor, of: str = "the residual", like: 
 
 
 def nan_where_failed(found: Solution, on_failure: OnFailure) -> Tensor:
-    """The rows ``(*batch, n)`` of a solution; with ``"nan"``, failed ones are NaN and pass no cotangent on."""
+    """The rows of a solution; with ``"nan"``, failed ones are NaN and pass no cotangent on.
+
+    Args:
+        found: with x of shape ``(*batch, n)``.
+        on_failure: the caller's choice.
+    """
     if on_failure != "nan":
         return found.x
     return torch.where((found.status == Status.SOLVED).unsqueeze(-1), found.x, torch.nan)

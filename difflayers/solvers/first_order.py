@@ -236,7 +236,7 @@ def _descend(
         rows.stop(genuine & done, Status.SOLVED)
         rows.stop(~torch.isfinite(residual) | (s < shortest), Status.NUMERICAL_ERROR)
         if k % 10 == 9:
-            rows.settle(rows.idle >= 50, norm(move) / scale_of(y, start).clamp_min(1))
+            rows.settle(rows.idle >= 50, shortened * norm(move) / scale_of(y, start).clamp_min(1))
         if not rows.any_running():
             break
         # Restart where the momentum points uphill, and to check a row that seems to have converged.
