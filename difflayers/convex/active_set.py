@@ -14,9 +14,9 @@ which the proximal method of multipliers solves: with :math:`K = P + \delta + E^
 
 .. math:: K\,\Delta x = r - Px - E^\top\lambda + E^\top W (e - Ex), \qquad \Delta\lambda = W (E\Delta x + Ex - e)
 
-contracts to the nearest solution by a factor of about 1e-7 a step, also where P or E lose rank. A variable at an active bound is
+contracts to the nearest solution by a factor of about 1e-6 a step, also where P or E lose rank. A variable at an active bound is
 fixed first, and its multiplier read off last. Where the steps do not contract (dependent rows with contradicting right-hand sides, or
-a condition beyond 1e10) the pseudoinverse of the core gives the least-squares solution of least norm.
+a condition beyond about 1e10) the pseudoinverse of the core gives the least-squares solution of least norm.
 
 References:
     R. T. Rockafellar, Augmented Lagrangians and applications of the proximal point algorithm, Math. Oper. Res. 1 (1976).

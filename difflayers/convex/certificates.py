@@ -2,8 +2,8 @@ r"""Proofs that a QP has no solution, and the auxiliary problems that find them.
 
 A QP with the constraints :math:`Ax = b`, :math:`Cx \le d` (C stacks G, −I and I; d stacks h, −l and u) has
 
-* no feasible point if some :math:`(y, z \ge 0)` has :math:`A^\top y + C^\top z = 0` and :math:`b^\top y + d^\top z < 0` (Farkas), for
-  then :math:`0 = y^\top(Ax - b) \ge \dots` fails at every x;
+* no feasible point if some :math:`(y, z \ge 0)` has :math:`A^\top y + C^\top z = 0` and :math:`b^\top y + d^\top z < 0` (Farkas): a
+  feasible x would give :math:`0 = y^\top A x + z^\top C x \le b^\top y + d^\top z`;
 * no lower bound, if it is feasible, if some ray d has :math:`Pd = 0, Ad = 0, Gd \le 0`, does not point out of the bounds, and
   :math:`q^\top d < 0`.
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..errors import ShapeError
 from ..solution import Solution, Status
-from .loop import default_tol, norm
+from .loop import default_tol
 from .systems import acceptable, unit_scale
 
 __all__ = ["DenseFactor", "cholesky_factor", "lu_factor"]
@@ -75,31 +75,35 @@ class DenseFactor:
         if not isinstance(A, Tensor) or not A.is_floating_point() or A.dim() < 2 or A.shape[-1] != A.shape[-2]:
             came = f"{tuple(A.shape)} {A.dtype}" if isinstance(A, Tensor) else type(A).__name__
             raise ShapeError(f"expected floating square matrices (*batch, n, n), got {came}")
-        self._finite = torch.isfinite(A).flatten(-2).all(-1)
-        # A failed element is replaced by the identity: LAPACK refuses NaN, and its neighbours need not know.
+        self._norm_a = A.abs().sum(-1).amax(-1) if A.shape[-1] else A.new_zeros(A.shape[:-2])
+        self._finite = torch.isfinite(self._norm_a)
         identity = torch.eye(A.shape[-1], dtype=A.dtype, device=A.device)
-        self._matrix = torch.where(self._finite[..., None, None], A, identity)
-        self._noise = max(A.shape[-1], 8) * torch.finfo(A.dtype).eps
-        self._norm_a = torch.linalg.matrix_norm(self._matrix)
-        self._lower = self._lu = None
-        indefinite = torch.ones_like(self._finite)
+        # A failed element becomes the identity: LAPACK refuses NaN, and its neighbours need not know.
+        self._matrix = A if bool(self._finite.all()) else torch.where(self._finite[..., None, None], A, identity)
+        noise = max(A.shape[-1], 8) * torch.finfo(A.dtype).eps
+        self._lower: Tensor | None = None
+        self._lu: tuple[Tensor, Tensor] | None = None
+        self._indefinite = torch.ones_like(self._finite)
         self.singular = ~self._finite
         if positive_definite:
-            self._lower, info = torch.linalg.cholesky_ex(self._matrix)
-            indefinite = info != 0
-            noise = self._lower.diagonal(dim1=-2, dim2=-1) ** 2 <= self._noise * self._matrix.diagonal(dim1=-2, dim2=-1).abs()
-            self.singular = self.singular | (~indefinite & noise.any(-1))
-            self._lower = torch.where((indefinite | self.singular)[..., None, None], identity, self._lower)
-        self._indefinite = indefinite[..., None]
-        if not positive_definite or bool(indefinite.any()):
+            lower, info = torch.linalg.cholesky_ex(self._matrix)
+            self._indefinite = info != 0
+            # The sum that a pivot is left from begins with a_ii.
+            lost = lower.diagonal(dim1=-2, dim2=-1) ** 2 <= noise * self._matrix.diagonal(dim1=-2, dim2=-1).abs()
+            self.singular = self.singular | (~self._indefinite & lost.any(-1))
+            self._lower = torch.where((self._indefinite | self.singular)[..., None, None], identity, lower)
+        if not positive_definite or bool(self._indefinite.any()):
             lu, pivots, _ = torch.linalg.lu_factor_ex(self._matrix)
-            upper = lu.triu()
-            pivot = upper.diagonal(dim1=-2, dim2=-1).abs()
-            origin = (lu.tril(-1).abs() * upper.abs().mT).sum(-1) + pivot
-            # "not larger" so that NaN counts as noise
-            noise = (~(pivot > self._noise * origin)).any(-1)
-            self.singular = self.singular | (indefinite & noise)
-            self._lu = torch.where(self.singular[..., None, None], identity, lu), pivots
+            pivot = lu.diagonal(dim1=-2, dim2=-1).abs()
+            # The sums behind the pivots cost as much as the factorization, and only matter where some pivot is small.
+            if bool((self._indefinite[..., None] & ~(pivot > torch.finfo(A.dtype).eps ** 0.5 * self._norm_a[..., None])).any()):
+                size = lu.abs()
+                origin = (size.tril(-1) * size.mT).sum(-1) + pivot
+                # written so that NaN counts as lost
+                lost = ~(pivot > noise * origin)
+                self.singular = self.singular | (self._indefinite & lost.any(-1))
+                lu = torch.where(self.singular[..., None, None], identity, lu)
+            self._lu = lu, pivots
 
     @torch.no_grad()
     def solve(self, b: Tensor, transpose: bool = False) -> Solution:
@@ -127,28 +131,23 @@ class DenseFactor:
         x = self._apply(columns, transpose)
         residual = columns - A @ x
         correction = self._apply(residual, transpose)
-        # A correction as large as the solution means that rounding alone decides x, whatever the pivots looked like.
-        arbitrary = (
-            (torch.linalg.vector_norm(correction, dim=-2) > 0.1 * torch.linalg.vector_norm(x, dim=-2)).movedim(-1, 0).reshape(b.shape[:-1])
-        )
         refined = x + correction
         refined_residual = columns - A @ refined
-        better = torch.linalg.vector_norm(refined_residual, dim=-2, keepdim=True) <= torch.linalg.vector_norm(
-            residual, dim=-2, keepdim=True
-        )
-        x = torch.where(better, refined, x).movedim(-1, 0).reshape(b.shape)
-        size = norm(torch.where(better, refined_residual, residual).movedim(-1, 0).reshape(b.shape))
-        norm_b = norm(rows)
-        zero = finite & (norm_b == 0)
-        solved = acceptable(size, default_tol(b.dtype) * norm_b, self._norm_a, norm(x), norm_b)
-        status = torch.where(solved, int(Status.SOLVED), int(Status.NUMERICAL_ERROR))
-        singular = self.singular | arbitrary
-        status = torch.where(singular, torch.where(self._finite, int(Status.SINGULAR), int(Status.NUMERICAL_ERROR)), status)
-        status = torch.where(zero, int(Status.SOLVED), torch.where(finite, status, int(Status.NUMERICAL_ERROR)))
-        failed = ~finite | (singular & ~zero)
-        x = torch.where(failed[..., None], torch.nan, torch.where(zero[..., None], 0, x * scale))
-        residual = torch.where(failed, torch.nan, torch.where(zero, 0, size / norm_b))
-        return Solution(x, status, residual, torch.zeros_like(status))
+        before, after, norm_x, norm_b = (torch.linalg.vector_norm(t, dim=-2) for t in (residual, refined_residual, x, columns))
+        better = after <= before
+        x, size = torch.where(better[..., None, :], refined, x), torch.where(better, after, before)
+        # A correction as large as the solution means that rounding alone decides x, whatever the pivots looked like.
+        singular = self.singular[..., None] | (torch.linalg.vector_norm(correction, dim=-2) > 0.1 * norm_x)
+        solved = acceptable(size, default_tol(b.dtype) * norm_b, self._norm_a[..., None], norm_x, norm_b) & ~singular
+        status = torch.where(singular & self._finite[..., None], int(Status.SINGULAR), int(Status.NUMERICAL_ERROR))
+        status = torch.where(solved | (norm_b == 0), int(Status.SOLVED), status)
+        failed = singular & (norm_b > 0)
+        x = torch.where(norm_b[..., None, :] > 0, torch.where(failed[..., None, :], torch.nan, x), 0)
+        residual = torch.where(norm_b > 0, torch.where(failed, torch.nan, size / norm_b), 0)
+        x = x.movedim(-1, 0).reshape(b.shape) * torch.where(finite[..., None], scale, torch.nan)
+        status, residual = (t.movedim(-1, 0).reshape(b.shape[:-1]) for t in (status, residual))
+        status = torch.where(finite, status, int(Status.NUMERICAL_ERROR))
+        return Solution(x, status, torch.where(finite, residual, torch.nan), torch.zeros_like(status))
 
     def _apply(self, columns: Tensor, transpose: bool) -> Tensor:
         """The factors' inverse on ``(*batch, n, k)``."""
@@ -158,5 +157,5 @@ class DenseFactor:
             x = torch.linalg.solve_triangular(self._lower.mT, half, upper=True)
         if self._lu is not None:
             by_lu = torch.linalg.lu_solve(*self._lu, columns, adjoint=transpose)
-            x = torch.where(self._indefinite[..., None], by_lu, x)
+            x = torch.where(self._indefinite[..., None, None], by_lu, x)
         return x

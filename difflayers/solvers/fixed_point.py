@@ -208,7 +208,8 @@ class _Anderson:
             self.place = (self.place + 1) % self.memory
         self.previous = x, f
         gram = torch.where(self.live[..., None, :] & self.live[..., None], self.changes @ self.changes.mT, 0)
-        gram = gram + torch.diag_embed(torch.where(self.live, self.regularization, 1).to(x.dtype))
+        used = self.live.to(x.dtype)
+        gram = gram + torch.diag_embed(self.regularization * used + (1 - used))
         overlap = torch.where(self.live[..., None], self.changes @ f[..., None], 0)
         factor, info = torch.linalg.cholesky_ex(gram)
         gamma = torch.where((info == 0)[..., None, None], torch.cholesky_solve(overlap, factor), 0).mT

@@ -30,11 +30,10 @@ def unit_scale(b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     Returns:
         The scaled rows ``(*batch, n)``, their scales ``(*batch, 1)``, and ``(*batch,)`` whether the row was finite.
     """
-    finite = torch.isfinite(b).all(-1)
-    rows = torch.where(finite[..., None], b, 0)
-    largest = rows.abs().amax(-1, keepdim=True) if b.shape[-1] else rows.new_zeros(*b.shape[:-1], 1)
-    scale = torch.where(largest == 0, 1, largest)
-    return rows / scale, scale, finite
+    largest = b.abs().amax(-1, keepdim=True) if b.shape[-1] else b.new_zeros(*b.shape[:-1], 1)
+    finite = torch.isfinite(largest)
+    scale = torch.where(finite & (largest > 0), largest, 1)
+    return torch.where(finite, b / scale, 0), scale, finite.squeeze(-1)
 
 
 def checked(function: MatVec, v: Tensor, name: str) -> Tensor:
