@@ -97,7 +97,11 @@ class Explicit:
             value = self._call_swapped(values, args)
         if self._lift != lift:  # what the first attempt had made may still be alive
             self._look(values, args)
-        elif any(_carries_a_derivative(tensor) for tensor in collect.captured(value)):
+            return
+        read = collect.captured(value)
+        with torch._C.DisableTorchFunction():
+            changed = any(_carries_a_derivative(tensor) for tensor in read)
+        if changed:
             raise DiffLayersError(
                 _PASS_IT.format("is read at the solution but not at the starting point (a branch, or a changed variable)")
             )
@@ -170,10 +174,15 @@ class _Collect(TorchFunctionMode):
         while _functorch.maybe_get_level(chain[-1]) > self.level:
             chain.append(_functorch.get_unwrapped(chain[-1]))
         if id(chain[-1]) not in self.made:
-            self.read[id(tensor)] = [(TensorWeakRef(layer), layer.requires_grad) for layer in chain]
+            with torch._C.DisableTorchFunction():  # the modes around this one must not take a question for an operation
+                self.read[id(tensor)] = [(TensorWeakRef(layer), layer.requires_grad) for layer in chain]
 
     def captured(self, value: Any) -> list[Tensor]:
         """The tensors read from outside, after a run that returned ``value``."""
+        with torch._C.DisableTorchFunction():
+            return self._captured(value)
+
+    def _captured(self, value: Any) -> list[Tensor]:
         made = self.made | {id(leaf) for leaf in _tensors(_pytree.tree_leaves(value))}
         captured = {}
         for chain in self.read.values():
@@ -226,7 +235,7 @@ class _Swap(TorchFunctionMode):
             return tensor
         if _functorch.is_batchedtensor(tensor):
             return _functorch._add_batch_dim(new, _functorch.maybe_get_bdim(tensor), level)
-        with torch._C.DisableTorchFunction():  # the modes around this one must not take the question for an operation
+        with torch._C.DisableTorchFunction():
             differentiated = tensor.requires_grad
         if differentiated:
             raise DiffLayersError(_PASS_IT.format("is differentiated by a torch.func transform inside the function"))

@@ -6,7 +6,8 @@ With f(x) = T(x) − x, the three methods differ only in the next point that the
 * **Anderson**, type II: x⁺ = T(x) − ΔT γ with γ = argmin ‖f(x) − Δf γ‖² + λ‖γ‖² over the last ``memory`` differences, which on
   a linear map is GMRES. The columns of Δf are normalized before λ is added, so λ is relative: it means the same whatever the scale
   of the problem and however small the residual has become.
-* **Broyden**'s good method: x⁺ = x − H f(x), where H ≈ (∂f/∂x)⁻¹ starts at −I and satisfies H Δf = Δx by rank-one updates.
+* **Broyden**'s good method: x⁺ = x − H f(x), where H ≈ (∂f/∂x)⁻¹ satisfies H Δf = Δx by rank-one updates of τI, and τ is
+  measured by a short first step, so that f may have any scale and either sign. ‖H f‖ estimates the error of x: it, too, must be small.
 
 A proposal that makes the residual grow tenfold, or not finite, is taken back: the row forgets its history and takes a plain
 step from its best iterate.
@@ -125,6 +126,12 @@ def broyden(
 
 
 class _Accelerator(Protocol):
+    estimates_error: bool
+
+    def plain(self, x: Tensor, image: Tensor) -> Tensor:
+        """The next point without a history."""
+        ...
+
     def propose(self, x: Tensor, image: Tensor) -> Tensor:
         """The next point after T(x) = image."""
         ...
@@ -164,25 +171,29 @@ def _iterate(
         rows.count()
         better = rows.record(x, residual)
         best_image = torch.where(better[..., None], image, best_image)
-        rows.stop(residual <= tol, Status.SOLVED)
         rows.stop(plain & ~torch.isfinite(size), Status.NUMERICAL_ERROR)
-        if k % 10 == 9:
-            rows.settle(rows.idle >= 10, size / scale.clamp_min(1))
-        if not rows.any_running():
-            break
-        proposal = image
+        close, proposal = residual <= tol, image
         if accelerator is not None:
             lost = ~plain & ~(size <= _GROWTH * reference)
             reference = torch.where(plain, size, torch.minimum(reference, size))
             accelerator.forget(lost)
             proposal = accelerator.propose(x, image)
+            if accelerator.estimates_error:
+                close = close & ((norm(proposal - x) <= tol * scale) | (rows.idle >= 10) | (size == 0))
             plain = lost | ~torch.isfinite(proposal).all(-1)
-            proposal = torch.where(plain[..., None], best_image, proposal)
+            proposal = torch.where(plain[..., None], accelerator.plain(rows.x, best_image), proposal)
+        rows.stop(close, Status.SOLVED)
+        if k % 10 == 9:
+            rows.settle(rows.idle >= 10, size / scale.clamp_min(1))
+        if not rows.any_running():
+            break
         x = torch.where(rows.running[..., None], proposal, rows.x)
     return rows.solution(raveler)
 
 
 class _Anderson:
+    estimates_error = False
+
     def __init__(self, x: Tensor, memory: int, damping: float, regularization: float | None) -> None:
         self.damping, self.memory = damping, memory
         self.regularization = 100 * torch.finfo(x.dtype).eps if regularization is None else regularization
@@ -195,6 +206,9 @@ class _Anderson:
 
     def forget(self, where: Tensor) -> None:
         self.live = self.live & ~where[..., None]
+
+    def plain(self, x: Tensor, image: Tensor) -> Tensor:
+        return image
 
     def propose(self, x: Tensor, image: Tensor) -> Tensor:
         f = image - x
@@ -217,38 +231,54 @@ class _Anderson:
 
 
 class _Broyden:
-    """H = −I + Σ u vᵀ, of which only the pairs (u, v) are kept."""
+    """H = τI + Σ u vᵀ, of which only τ and the pairs (u, v) are kept."""
+
+    estimates_error = True
 
     def __init__(self, x: Tensor, memory: int) -> None:
         self.memory, self.place = memory, 0
         shape = (*x.shape[:-1], memory, x.shape[-1])
         self.u, self.v = x.new_zeros(shape), x.new_zeros(shape)
         self.live = torch.zeros(shape[:-1], dtype=torch.bool, device=x.device)
+        self.tau = torch.full_like(x[..., :1], -1)
         self.previous: tuple[Tensor, Tensor] | None = None
+        self.measured = False
 
     def forget(self, where: Tensor) -> None:
         self.live = self.live & ~where[..., None]
+        # The history may be innocent and τ too bold.
+        self.tau = torch.where(where[..., None], self.tau / 2, self.tau)
+
+    def plain(self, x: Tensor, image: Tensor) -> Tensor:
+        return x - self.tau * (image - x)
 
     def propose(self, x: Tensor, image: Tensor) -> Tensor:
         f = image - x
-        if self.previous is not None:
-            if self.place == self.memory:
-                self.live, self.place = torch.zeros_like(self.live), 0
-            step, change = x - self.previous[0], f - self.previous[1]
-            moved = self._apply(self.u, self.v, change)
-            row = self._apply(self.v, self.u, step)
-            denominator = dot(step, moved)
-            correction = (step - moved) / denominator[..., None]
-            usable = denominator.abs() > torch.finfo(x.dtype).eps * norm(step) * norm(moved)
-            usable = usable & torch.isfinite(correction).all(-1) & torch.isfinite(row).all(-1)
-            self.u[..., self.place, :] = torch.where(usable[..., None], correction, 0)
-            self.v[..., self.place, :] = torch.where(usable[..., None], row, 0)
-            self.live[..., self.place] = usable
-            self.place += 1
+        if self.previous is None:
+            self.previous = x, f
+            reach = torch.maximum(norm(x), norm(image))[..., None]
+            return x + (torch.finfo(x.dtype).eps ** 0.5 * reach / norm(f)[..., None]).clamp(max=1) * f
+        step, change = x - self.previous[0], f - self.previous[1]
         self.previous = x, f
+        if not self.measured:
+            slope = (dot(step, change) / dot(change, change))[..., None]
+            self.tau = torch.where(torch.isfinite(slope) & (slope != 0), slope, self.tau)
+            self.measured = True
+        if self.place == self.memory:
+            self.live, self.place = torch.zeros_like(self.live), 0
+        moved = self._apply(self.u, self.v, change)
+        row = self._apply(self.v, self.u, step)
+        denominator = dot(step, moved)
+        correction = (step - moved) / denominator[..., None]
+        usable = denominator.abs() > torch.finfo(x.dtype).eps * norm(step) * norm(moved)
+        usable = usable & torch.isfinite(correction).all(-1) & torch.isfinite(row).all(-1)
+        self.u[..., self.place, :] = torch.where(usable[..., None], correction, 0)
+        self.v[..., self.place, :] = torch.where(usable[..., None], row, 0)
+        self.live[..., self.place] = usable
+        self.place += 1
         return x - self._apply(self.u, self.v, f)
 
     def _apply(self, u: Tensor, v: Tensor, vector: Tensor) -> Tensor:
-        """(−I + Σ u vᵀ) applied to rows."""
+        """(τI + Σ u vᵀ) applied to rows."""
         weights = torch.where(self.live[..., None], v @ vector[..., None], 0)
-        return (u.mT @ weights).squeeze(-1) - vector
+        return self.tau * vector + (u.mT @ weights).squeeze(-1)
