@@ -6,8 +6,9 @@ With f(x) = T(x) − x, the three methods differ only in the next point that the
 * **Anderson**, type II: x⁺ = T(x) − ΔT γ with γ = argmin ‖f(x) − Δf γ‖² + λ‖γ‖² over the last ``memory`` differences, which on
   a linear map is GMRES. The columns of Δf are normalized before λ is added, so λ is relative: it means the same whatever the scale
   of the problem and however small the residual has become.
-* **Broyden**'s good method: x⁺ = x − H f(x), where H ≈ (∂f/∂x)⁻¹ satisfies H Δf = Δx by rank-one updates of τI, and τ is
-  measured by a short first step, so that f may have any scale and either sign. ‖H f‖ estimates the error of x: it, too, must be small.
+* **Broyden**'s good method: x⁺ = x − H f(x), where H ≈ (∂f/∂x)⁻¹ satisfies H Δf = Δx by rank-one updates of τI. A short
+  first step measures the slope of f: where T may be a contraction τ is −1, else f has a scale of its own and τ undoes it. ‖H f‖
+  estimates the error of x: it, too, must be small.
 
 A proposal that makes the residual grow tenfold, or not finite, is taken back: the row forgets its history and takes a plain
 step from its best iterate.
@@ -261,8 +262,9 @@ class _Broyden:
         step, change = x - self.previous[0], f - self.previous[1]
         self.previous = x, f
         if not self.measured:
-            slope = (dot(step, change) / dot(change, change))[..., None]
-            self.tau = torch.where(torch.isfinite(slope) & (slope != 0), slope, self.tau)
+            # No contraction has a slope above 2: there plain steps would run away.
+            steep = norm(change) > 2 * norm(step)
+            self.tau = torch.where(steep, dot(step, change) / dot(change, change), -1)[..., None]
             self.measured = True
         if self.place == self.memory:
             self.live, self.place = torch.zeros_like(self.live), 0
