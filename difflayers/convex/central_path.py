@@ -23,18 +23,15 @@ References:
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .active_set import PINNED, polish
-from .normal_equations import ABSENT, PENALTY, KKTPoint, NormalEquations, SaddleFactor, kkt_error, product, take
+from .active_set import PINNED, ActiveSetFactor, polish
+from .normal_equations import ABSENT, PENALTY, DenseQP, KKTPoint, NormalEquations, SaddleFactor, kkt_error, product, take
 
-if TYPE_CHECKING:
-    from .interior_point import Outcome
-
-__all__ = ["CentralPath"]
+__all__ = ["CentralPath", "Outcome"]
 
 _EQUAL = 1e-12  # bounds no further apart than this, relatively, fix their variable
 _YOUNG = 8  # the first iterations do not ask whether to stop
@@ -48,6 +45,31 @@ _VIOLATED = 4  # an attempt that violates this many conditions or more is not co
 _BOUNDARY = 0.995  # share of the way to the boundary that a step may go
 _PATIENCE = 15  # iterations without progress before an element is given up
 _DIVERGED = 1e5  # multiples of the size of a problem at which an element counts as running away
+
+
+class Outcome:
+    """What is known of every element of one batch in the end: its point, its iterations, and the factor of its active set."""
+
+    def __init__(self, problem: DenseQP) -> None:
+        self.problem, self.equations = problem, NormalEquations(problem)
+        (batch, n), m, p = problem.q.shape, problem.G.shape[1], problem.A.shape[1]
+        new = problem.q.new_empty
+        bounds = (None, None) if problem.lb is None else (new(batch, n), new(batch, n))
+        self.point = KKTPoint(new(batch, n), new(batch, p), new(batch, m), *bounds)
+        self.iterations = torch.zeros(batch, dtype=torch.int64, device=problem.q.device)
+        self.factor: Any = None
+
+    def record(self, ids: Tensor, hits: Tensor, point: KKTPoint, factor: ActiveSetFactor, iteration: int) -> None:
+        """Keep the final state of the elements ``ids``: the rows ``hits`` of what is given."""
+        if factor.equations is self.equations and hits.numel() == self.iterations.numel():
+            self.factor = factor
+        else:
+            self.factor = factor.blank(self.equations) if self.factor is None else self.factor
+            self.factor.insert(ids, factor, hits)
+        for target, source in zip(self.point, point, strict=True):
+            if target is not None and source is not None:
+                target[ids] = source[hits]
+        self.iterations[ids] += iteration
 
 
 class CentralPath:

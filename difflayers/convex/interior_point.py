@@ -7,14 +7,14 @@ method, tell an infeasible problem from an unbounded one and from one that only 
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..solution import Status
 from .active_set import ActiveSetFactor
-from .central_path import CentralPath
+from .central_path import CentralPath, Outcome
 from .certificates import (
     feasibility_problem,
     infeasibility_certificate,
@@ -23,7 +23,7 @@ from .certificates import (
     proves_unbounded,
     recession_problem,
 )
-from .normal_equations import ABSENT, DenseQP, KKTError, KKTPoint, MaybeTensor, NormalEquations, each, kkt_error
+from .normal_equations import ABSENT, DenseQP, KKTError, KKTPoint, MaybeTensor, each, kkt_error
 
 __all__ = ["DenseQP", "DenseResult", "KKTPoint", "solve_dense"]
 
@@ -97,31 +97,6 @@ def solve_dense(problem: DenseQP, *, tol: float = 1e-9, max_iter: int = 100, sta
         if unusable is not None:
             _mark_unusable(problem, outcome.point, error, status, *unusable)
         return DenseResult(*outcome.point, status, *error[:3], outcome.iterations, outcome.factor)
-
-
-class Outcome:
-    """What is known of every element of one batch in the end: its point, its iterations, and the factor of its active set."""
-
-    def __init__(self, problem: DenseQP) -> None:
-        self.problem, self.equations = problem, NormalEquations(problem)
-        (batch, n), m, p = problem.q.shape, problem.G.shape[1], problem.A.shape[1]
-        new = problem.q.new_empty
-        bounds = (None, None) if problem.lb is None else (new(batch, n), new(batch, n))
-        self.point = KKTPoint(new(batch, n), new(batch, p), new(batch, m), *bounds)
-        self.iterations = torch.zeros(batch, dtype=torch.int64, device=problem.q.device)
-        self.factor: Any = None
-
-    def record(self, ids: Tensor, hits: Tensor, point: KKTPoint, factor: ActiveSetFactor, iteration: int) -> None:
-        """Keep the final state of the elements ``ids``: the rows ``hits`` of what is given."""
-        if factor.equations is self.equations and hits.numel() == self.iterations.numel():
-            self.factor = factor
-        else:
-            self.factor = factor.blank(self.equations) if self.factor is None else self.factor
-            self.factor.insert(ids, factor, hits)
-        for target, source in zip(self.point, point, strict=True):
-            if target is not None and source is not None:
-                target[ids] = source[hits]
-        self.iterations[ids] += iteration
 
 
 def _without_huge_limits(problem: DenseQP) -> DenseQP:

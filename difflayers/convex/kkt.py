@@ -133,8 +133,7 @@ class KKTProblem(Problem):
             part.reshape(batch) for part in (found.status, found.primal_residual, found.dual_residual, found.duality_gap, found.iterations)
         ]
         report_failures(QPSolution(*self.sizes.split(point), *measured), "solve_qp", self.on_failure)
-        factor = self._active_set_factor(point, theta, found.factor)
-        self._factor = factor
+        self._factor = self._active_set_factor(point, problem, found.factor)
         return (torch.nan_to_num(point, nan=0.0, posinf=0.0, neginf=0.0), *measured)
 
     def solve_linear(self, point: Sequence[Any], rhs: Tensor, transpose: bool, columns: bool) -> Solution:
@@ -144,7 +143,7 @@ class KKTProblem(Problem):
             status = torch.zeros(rhs.shape[:-1], dtype=torch.int64, device=rhs.device)
             return Solution(torch.zeros_like(rhs), status, rhs.new_zeros(rhs.shape[:-1]), status)
         if self._factor is None:
-            self._factor = self._active_set_factor(w, theta, None)
+            self._factor = self._active_set_factor(w, _flat_problem(theta, self.sizes), None)
         flat = rhs.reshape(*rhs.shape[: int(columns)], -1, rhs.shape[-1])
         x, y, z, z_box = self.sizes.split(flat)
         lower = self._factor.active_lower
@@ -196,10 +195,9 @@ class KKTProblem(Problem):
             moved.append(leaf)
         return moved, tuple(None if dim is None else 0 for dim in in_dims)
 
-    def _active_set_factor(self, point: Tensor, theta: Sequence[Any], known: ActiveSetFactor | None) -> ActiveSetFactor:
+    def _active_set_factor(self, point: Tensor, problem: DenseQP, known: ActiveSetFactor | None) -> ActiveSetFactor:
         """The factor of the Jacobian of F at ``point``: the known one if it has the active set that F reads off the multipliers."""
         _, _, z, z_box = self.sizes.split(point.reshape(-1, point.shape[-1]))
-        problem = _flat_problem(theta, self.sizes)
         sides: tuple[MaybeTensor, MaybeTensor] = (None, None) if z_box is None else _active_sides(z_box, problem.lb, problem.ub)
         if (
             known is not None

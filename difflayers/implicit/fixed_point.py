@@ -152,35 +152,30 @@ class ImplicitFixedPoint(ImplicitRoot):
     def _choose(self, status: Tensor, x: Any, otherwise: Any) -> Any:
         """``x`` in the elements that are solved, ``otherwise`` (a tree like it, or a number) in the others."""
         if isinstance(otherwise, float):
-            otherwise = _pytree.tree_map(lambda leaf: torch.full_like(leaf, otherwise) if is_floating(leaf) else leaf, x)
+            otherwise = _pytree.tree_map(lambda _: otherwise, x)
 
         def choose(a: Any, b: Any) -> Any:
-            solved = (status == Status.SOLVED).reshape((*status.shape, *[1] * (a.dim() - status.dim()))) if is_floating(a) else None
-            return a if solved is None else torch.where(solved, a, b)
+            if not is_floating(a):
+                return a
+            solved = (status == Status.SOLVED).reshape((*status.shape, *[1] * (a.dim() - status.dim())))
+            return torch.where(solved, a, b)
 
         return _pytree.tree_map(choose, x, otherwise)
 
     def _steps(self, x: Any, args: tuple[Any, ...]) -> Any:
         count, damping = self.steps
         for _ in range(count):
-            new = _fitting(x, self._apply(x, *args))
+            new = _fitting(x, super()._residual(x, *args))
             if damping != 1.0:
                 new = _pytree.tree_map(lambda a, b: a + damping * (b - a) if is_floating(a) else a, x, new)
             x = new
         return x
 
-    def _apply(self, x: Any, *args: Any) -> Any:
-        value = self.residual_fn(x, *args)
-        return value[0] if self.has_aux else value
-
     def _residual(self, x: Any, *args: Any) -> Any:
-        return _difference(x, self._apply(x, *args))
+        return _difference(x, super()._residual(x, *args))
 
-    def _search(self, residual: Callable[[Any], Any]) -> Callable[[Any], Any]:
-        # Solvers of this family want the map; T(x) = x − F(x) gives it back from the residual that the core carries.
-        if self.solver == "newton":
-            return residual
-        return lambda x: _pytree.tree_map(lambda a, b: a - b if is_floating(a) else a, x, residual(x))
+    def _wants_map(self) -> bool:
+        return self.solver != "newton"
 
     def _options(self, **changed: Any) -> dict[str, Any]:
         names = ("has_aux", "batch_ndim", "tol", "max_iter", "on_failure")

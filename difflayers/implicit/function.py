@@ -142,8 +142,8 @@ class Problem(_Residual):
             return Solution(x0.clone(), status, x0.new_zeros(x0.shape[:-1]), status.clone())
         found = self.search(lambda x: self.residual(x, *theta), x0, self.batch_ndim)
         finite = torch.isfinite(found.x).all(-1, keepdim=True)
-        # The clone keeps a solver that returns x0 itself from turning an input into the output.
-        return found._replace(x=torch.where(finite, found.x, x0) if not bool(finite.all()) else found.x.clone())
+        # A new tensor in any case: a solver that returns x0 itself would turn an input of the Function into its output.
+        return found._replace(x=torch.where(finite, found.x, x0))
 
     def point(self, x: Tensor, theta: Sequence[Any]) -> tuple[Any, ...]:
         """Where the residual is linearized: (x, θ)."""

@@ -69,7 +69,7 @@ class LinearMethod:
             return _as_solution(self.method(matvec, b), matvec, b)
         options: dict[str, Any] = {"tol": self.tol, "max_iter": self.max_iter}
         if self.preconditioner is not None:
-            options["preconditioner"] = self._transposed_preconditioner(b) if transpose and not self.symmetric else self.preconditioner
+            options["preconditioner"] = _transposed(self.preconditioner, b) if transpose and not self.symmetric else self.preconditioner
         name = ("cg" if self.symmetric else "gmres") if self.method == "auto" else self.method
         if name == "cg":
             options["truncation"] = self.truncation
@@ -90,12 +90,11 @@ class LinearMethod:
             found = found._replace(status=torch.where(found.status == Status.MAX_ITER, int(Status.SOLVED), found.status))
         return found
 
-    def _transposed_preconditioner(self, b: Tensor) -> MatVec:
-        # A linear preconditioner M has the transpose Mᵀ, which is its own pullback.
-        if self.preconditioner is None:
-            raise ValueError("no preconditioner to transpose")
-        _, pullback = vjp(self.preconditioner, torch.zeros_like(b))
-        return lambda r: pullback(r)[0]
+
+def _transposed(preconditioner: MatVec, b: Tensor) -> MatVec:
+    # A linear preconditioner M has the transpose Mᵀ, which is its own pullback.
+    _, pullback = vjp(preconditioner, torch.zeros_like(b))
+    return lambda r: pullback(r)[0]
 
 
 def _as_solution(found: Any, matvec: MatVec, b: Tensor) -> Solution:

@@ -179,14 +179,13 @@ class ImplicitRoot:
         value = self.residual_fn(x, *args)
         return value[0] if self.has_aux else value
 
-    def _search(self, residual: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-        """The function that the solver wants."""
-        # Broyden's method is written for x = T(x); the roots of F are the fixed points of x − F(x).
-        return (lambda x: x - residual(x)) if self.solver == "broyden" else residual
+    def _wants_map(self) -> bool:
+        """Whether the solver is written for x = T(x): the roots of F are the fixed points of T(x) = x − F(x)."""
+        return self.solver == "broyden"
 
     def _find(self, raveler: Raveler, residual: Callable[[Tensor], Tensor], x0: Tensor, batch_ndim: int) -> Solution:
         options = {name: value for name, value in (("tol", self.tol), ("max_iter", self.max_iter)) if value is not None}
-        function = self._search(residual)
+        function = (lambda x: x - residual(x)) if self._wants_map() else residual
         if callable(self.solver) and not self._is_batched:
             found = self.solver(lambda x: raveler.unravel(function(raveler.ravel(x))), raveler.unravel(x0))
         else:

@@ -46,3 +46,16 @@ def assert_no_graph_no_mutation(solve: Callable[[Tensor, Tensor], Solution], sta
     for tensor, (value, version) in zip((start, theta), before, strict=True):
         assert torch.equal(tensor.detach(), value)
         assert tensor._version == version
+
+
+def randn(*shape, seed=0, dtype=D):
+    return torch.randn(*shape, dtype=D, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def spd(n, condition, *batch, seed=0, dtype=D):
+    q = torch.linalg.qr(randn(*batch, n, n, seed=seed))[0]
+    return ((q * condition ** torch.linspace(0, -1, n, dtype=D)) @ q.mT).to(dtype)
+
+
+def quadratic(P, b):
+    return lambda x: ((P @ x[..., None]).squeeze(-1) * x).sum(-1) / 2 - (b * x).sum(-1)

@@ -9,13 +9,9 @@ from difflayers import Status
 from difflayers.errors import ShapeError
 from difflayers.solvers import anderson, broyden, picard
 
-from .checks import D, assert_batch_is_loop, assert_no_graph_no_mutation, assert_solved, statuses
+from .checks import D, assert_batch_is_loop, assert_no_graph_no_mutation, assert_solved, randn, statuses
 
 SOLVERS = [picard, anderson, broyden]
-
-
-def randn(*shape, seed=0, dtype=D):
-    return torch.randn(*shape, dtype=D, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
 def orthogonal(n, seed=0):

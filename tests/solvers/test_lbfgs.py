@@ -7,20 +7,7 @@ from difflayers import Status
 from difflayers.errors import ShapeError
 from difflayers.solvers import lbfgs
 
-from .checks import D, assert_batch_is_loop, assert_no_graph_no_mutation, assert_solved, statuses
-
-
-def randn(*shape, seed=0, dtype=D):
-    return torch.randn(*shape, dtype=D, generator=torch.Generator().manual_seed(seed)).to(dtype)
-
-
-def spd(n, condition, *batch, seed=0, dtype=D):
-    q = torch.linalg.qr(randn(*batch, n, n, seed=seed))[0]
-    return ((q * condition ** torch.linspace(0, -1, n, dtype=D)) @ q.mT).to(dtype)
-
-
-def quadratic(P, b):
-    return lambda x: ((P @ x[..., None]).squeeze(-1) * x).sum(-1) / 2 - (b * x).sum(-1)
+from .checks import D, assert_batch_is_loop, assert_no_graph_no_mutation, assert_solved, quadratic, randn, spd, statuses
 
 
 def rosenbrock(x):

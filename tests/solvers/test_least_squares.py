@@ -7,13 +7,9 @@ from difflayers import Status
 from difflayers.errors import ShapeError
 from difflayers.solvers import gauss_newton, levenberg_marquardt
 
-from .checks import D, assert_batch_is_loop, assert_no_graph_no_mutation, assert_solved, statuses
+from .checks import D, assert_batch_is_loop, assert_no_graph_no_mutation, assert_solved, randn, statuses
 
 SOLVERS = [levenberg_marquardt, gauss_newton]
-
-
-def randn(*shape, seed=0, dtype=D):
-    return torch.randn(*shape, dtype=D, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
 def exponentials(data):

@@ -8,13 +8,9 @@ from difflayers import Status
 from difflayers.errors import ShapeError
 from difflayers.solvers import newton
 
-from .checks import D, assert_batch_is_loop, assert_no_graph_no_mutation, assert_solved, statuses
+from .checks import D, assert_batch_is_loop, assert_no_graph_no_mutation, assert_solved, randn, statuses
 
 MODES = [{"dense_limit": 256}, {"dense_limit": 0}]
-
-
-def randn(*shape, seed=0, dtype=D):
-    return torch.randn(*shape, dtype=D, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
 @pytest.mark.parametrize("mode", MODES)
