@@ -77,7 +77,7 @@ def test_mirror_descent_agrees_with_projected_gradient_on_the_simplex(n, seed):
     def objective(x):
         return ((x - target) ** 2).sum()
 
-    mirror, projected = mirror_descent(objective, start, max_iter=2000), projected_gradient(objective, project_simplex, start)
+    mirror, projected = mirror_descent(objective, start), projected_gradient(objective, project_simplex, start)
     assert_solved(projected)
     # A coordinate that tends to zero without a push (a degenerate solution) does so slowly; the objective does not show it.
     assert float(objective(mirror.x) - objective(projected.x)) < 1e-9
