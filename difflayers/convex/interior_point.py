@@ -44,7 +44,8 @@ class DenseResult(NamedTuple):
         dual_residual: ``(B,)`` largest entry of the gradient of the Lagrangian.
         duality_gap: ``(B,)``.
         iterations: ``(B,)`` int64.
-        factor: solves with the derivative of the optimality conditions at the solution; of no meaning where the status is not SOLVED.
+        factor: solves with the derivative of the optimality conditions at the solution; of no meaning where the status is not SOLVED, and
+            None from an engine that does not end with one.
     """
 
     x: Tensor
@@ -57,7 +58,7 @@ class DenseResult(NamedTuple):
     dual_residual: Tensor
     duality_gap: Tensor
     iterations: Tensor
-    factor: ActiveSetFactor
+    factor: ActiveSetFactor | None
 
 
 def solve_dense(problem: DenseQP, *, tol: float = 1e-9, max_iter: int = 100, start: KKTPoint | None = None) -> DenseResult:
