@@ -32,13 +32,13 @@ from .native import NativeResult, certify, is_available, solve_native
 from .normal_equations import DenseQP, KKTPoint, MaybeTensor, each
 from .reduced import ReducedFactor, TinyFactor
 
-__all__ = ["CORE_NDIMS", "KKTProblem", "Options", "QPSolution", "Sizes"]
+__all__ = ["CORE_NDIMS", "SINGULAR_ABOVE", "KKTProblem", "Options", "QPSolution", "Sizes", "flat_problem", "times"]
 
 # Dimensions of P, q, G, h, A, b, lb, ub without the batch.
 CORE_NDIMS = (2, 1, 2, 1, 2, 1, 1, 1)
 
 # A linearized system that the active-set factor leaves with a larger relative residual has no solution there.
-_SINGULAR_ABOVE = 1e-7
+SINGULAR_ABOVE = 1e-7
 
 # A larger relative residual of a regular system says that it was not so regular.
 _ACCURATE = 1e-11
@@ -119,6 +119,7 @@ class Options(NamedTuple):
     on_failure: OnFailure
     rounding: float
     warm: bool
+    smoothing: float = 0.0
 
 
 class KKTProblem(Problem):
@@ -137,7 +138,7 @@ class KKTProblem(Problem):
         if 0 in self.sizes.batch:
             status = torch.zeros(self.sizes.batch, dtype=torch.int64, device=x0.device)
             return (x0.clone(), status, *x0.new_zeros(3, *self.sizes.batch), status.clone())
-        problem = _flat_problem(theta, self.sizes)
+        problem = flat_problem(theta, self.sizes)
         found = self._search(problem, x0.reshape(-1, x0.shape[-1]) if self.options.warm else None)
         parts = [found.x, found.y, found.z]
         if self.sizes.boxed:
@@ -217,17 +218,17 @@ class KKTProblem(Problem):
         flat = rhs.reshape(*rhs.shape[: int(columns)], -1, rhs.shape[-1])
         point = w.reshape(-1, w.shape[-1])
         if self._regular and self._parts is None:
-            self._parts = self._regular_factors(point, _flat_problem(theta, self.sizes))
+            self._parts = self._regular_factors(point, flat_problem(theta, self.sizes))
         if self._regular and self._parts is not None:
             pieces = [factor.solve(flat[..., part, :], transpose=transpose) for part, factor in self._parts]
             solved, residual = pieces[0] if len(pieces) == 1 else (torch.cat([piece[i] for piece in pieces], -2 + i) for i in (0, 1))
             self._regular = bool((residual <= _ACCURATE).all()) or not bool(torch.isfinite(flat).all())
         if not self._regular:
             if self._factor is None:
-                self._factor = self._active_set_factor(w, _flat_problem(theta, self.sizes), None)
+                self._factor = self._active_set_factor(w, flat_problem(theta, self.sizes), None)
             solved, residual = self._solve_by_normal_equations(flat, transpose)
         residual = residual.reshape(rhs.shape[:-1])
-        status = (residual > _SINGULAR_ABOVE) * int(Status.SINGULAR)
+        status = (residual > SINGULAR_ABOVE) * int(Status.SINGULAR)
         return Solution(solved.reshape(rhs.shape), status, residual, torch.zeros_like(status))
 
     def _regular_factors(self, point: Tensor, problem: DenseQP) -> list[tuple[slice, ReducedFactor | TinyFactor]]:
@@ -253,7 +254,7 @@ class KKTProblem(Problem):
             parts.append(torch.where(lower, -solved.z_lower, solved.z_upper))
         return torch.cat(parts, -1), residual
 
-    def pullback(self, x: Tensor, theta: Sequence[Any], which: Sequence[int], u: Tensor) -> list[Tensor]:
+    def pullback(self, x: Tensor, theta: Sequence[Any], which: Sequence[int], u: Tensor) -> Sequence[Tensor]:
         """(∂F/∂θ)ᵀ u in closed form: F is bilinear in θ and the unknowns, so that no product with P, G or A is needed."""
         _, _, _, _, _, _, lb, ub = theta
         x, y, z, z_box = self.sizes.split(x)
@@ -277,7 +278,7 @@ class KKTProblem(Problem):
         key = (in_dims, size)
         if key not in self._batched:
             deeper = self.sizes._replace(batch=(size, *self.sizes.batch))
-            self._batched[key] = KKTProblem(deeper, self.options)
+            self._batched[key] = type(self)(deeper, self.options)
         return self._batched[key]
 
     def align(self, theta: list[Any], in_dims: Sequence[int | None]) -> tuple[list[Any], tuple[int | None, ...]]:
@@ -311,14 +312,14 @@ class KKTProblem(Problem):
 def _residual(sizes: Sizes, w: Tensor, *theta: Any) -> Tensor:
     P, q, G, h, A, b, lb, ub = theta
     x, y, z, z_box = sizes.split(w)
-    gradient = q if P is None else (_times(P, x) + _times(P.mT, x)) / 2 + q
+    gradient = q if P is None else (times(P, x) + times(P.mT, x)) / 2 + q
     rows = []
     if A is not None:
-        gradient = gradient + _times(A.mT, y)
-        rows.append(_times(A, x) - b)
+        gradient = gradient + times(A.mT, y)
+        rows.append(times(A, x) - b)
     if G is not None:
-        gradient = gradient + _times(G.mT, z)
-        rows.append(torch.where(z > 0, _times(G, x) - h, z))
+        gradient = gradient + times(G.mT, z)
+        rows.append(torch.where(z > 0, times(G, x) - h, z))
     if z_box is not None:
         gradient = gradient + z_box
         lower, upper = _active_sides(z_box, lb, ub)
@@ -337,7 +338,8 @@ def _active_sides(z_box: Tensor, lb: Tensor, ub: Tensor) -> tuple[Tensor, Tensor
     return z_box < 0, (z_box > 0) | ((z_box == 0) & (lb == ub))
 
 
-def _times(matrix: Tensor, vector: Tensor) -> Tensor:
+def times(matrix: Tensor, vector: Tensor) -> Tensor:
+    """The products of matrices ``(*batch, k, n)`` and vectors ``(*batch, n)``."""
     # One matrix for the whole batch is one product, and its gradient too.
     return vector @ matrix.mT if matrix.dim() == 2 else (matrix @ vector.unsqueeze(-1)).squeeze(-1)
 
@@ -361,7 +363,7 @@ def _two_outer(left: Tensor, right: Tensor, other_left: Tensor, other_right: Ten
     return pairs[0].reshape(-1, left.shape[-1]).mT @ pairs[1].reshape(-1, right.shape[-1])
 
 
-def _flat_problem(theta: Sequence[Any], sizes: Sizes) -> DenseQP:
+def flat_problem(theta: Sequence[Any], sizes: Sizes) -> DenseQP:
     """The arguments with one batch dimension; matrices that the whole batch shares keep it at 1."""
     P, q, G, h, A, b, lb, ub = theta
     new = functools.partial(torch.zeros, dtype=torch.float64, device=q.device)

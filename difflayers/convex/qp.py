@@ -19,7 +19,7 @@ Stability Analysis in Nonlinear Programming, Academic Press 1983.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +31,7 @@ from ..implicit.function import ImplicitFunction
 from ..solution import OnFailure, Status
 from .kkt import CORE_NDIMS, KKTProblem, Options, QPSolution, Sizes
 from .native import is_available
+from .smoothing import SmoothedProblem
 
 __all__ = ["QPLayer", "QPSolution", "solve_qp"]
 
@@ -52,6 +53,7 @@ def solve_qp(
     tol: float | None = None,
     max_iter: int | None = None,
     warm_start: QPSolution | None = None,
+    smoothing: float | None = None,
     on_failure: OnFailure = "raise",
 ) -> QPSolution:
     """Solve min ½ xᵀPx + qᵀx subject to Gx ≤ h, Ax = b, lb ≤ x ≤ ub, for each element of the batch on its own.
@@ -74,6 +76,9 @@ def solve_qp(
         tol: largest KKT residual of a solved element, relative to 1 + the size of its terms. None: 1e-9 (float64), 1e-6 (float32).
         max_iter: iterations of the interior-point method; None: 100.
         warm_start: the solution of a similar problem; an unchanged active set then costs one factorization. It is used where it pays.
+        smoothing: weight μ > 0 of a logarithmic barrier, in units of the objective: returns the point of the central path where every
+            product of a multiplier and its slack is μ (:mod:`~difflayers.convex.smoothing`), which is differentiable everywhere and has a
+            gradient where that of the solution is zero. Needs a strictly feasible point; ``solver`` and ``warm_start`` are not used.
         on_failure: ``"raise"``, ``"nan"`` (failed elements are NaN and have zero gradient) or ``"warn"`` (best iterate).
 
     Returns:
@@ -111,8 +116,12 @@ def solve_qp(
         on_failure=on_failure,
         rounding=1e-9 if double else 1e-5,
         warm=warm_start is not None,
+        smoothing=0.0 if smoothing is None else smoothing,
     )
-    problem = KKTProblem(sizes, options)
+    if smoothing is not None and not 0 < smoothing < float("inf"):
+        raise ValueError(f"smoothing must be a positive number or None, got {smoothing}")
+    smooth = smoothing is not None and (sizes.m > 0 or sizes.boxed)
+    problem = SmoothedProblem(sizes, options) if smooth else KKTProblem(sizes, options)
     theta: list[Tensor | None] = [None if part is None else part.to(torch.float64) for part in arguments]
     if sizes.boxed:
         for side, infinity in ((6, -torch.inf), (7, torch.inf)):
@@ -137,6 +146,7 @@ class QPLayer(nn.Module):
         tol: as in :func:`solve_qp`.
         max_iter: as in :func:`solve_qp`.
         on_failure: as in :func:`solve_qp`.
+        smoothing: as in :func:`solve_qp`.
         warm_start: start each solve from the last solution, while the sizes stay the same. What is returned does not depend on it.
 
     Example:
@@ -156,13 +166,14 @@ class QPLayer(nn.Module):
         tol: float | None = None,
         max_iter: int | None = None,
         on_failure: OnFailure = "raise",
+        smoothing: float | None = None,
         warm_start: bool = False,
     ) -> None:
         super().__init__()
         self.solver: Literal["auto", "daqp", "interior_point"] = solver
         self.tol, self.max_iter = tol, max_iter
         self.on_failure: OnFailure = on_failure
-        self.warm_start = warm_start
+        self.smoothing, self.warm_start = smoothing, warm_start
         self._last: tuple[Sizes, QPSolution] | None = None
 
     def forward(
@@ -217,7 +228,7 @@ class QPLayer(nn.Module):
             warm_start: the solution of a similar problem.
         """
         problem = (P, q, G, h, A, b, lb, ub)
-        options = {"solver": self.solver, "tol": self.tol, "max_iter": self.max_iter, "on_failure": self.on_failure}
+        options: dict[str, Any] = {name: getattr(self, name) for name in ("solver", "tol", "max_iter", "smoothing", "on_failure")}
         if not self.warm_start:
             return solve_qp(*problem, warm_start=warm_start, **options)
         sizes = _validate(problem)
@@ -233,8 +244,8 @@ class QPLayer(nn.Module):
         shown = [f"on_failure={self.on_failure!r}"]
         shown += [
             f"{name}={value!r}"
-            for name, value in (("solver", self.solver), ("tol", self.tol), ("max_iter", self.max_iter), ("warm_start", self.warm_start))
-            if value not in (None, "auto", False)
+            for name in ("solver", "tol", "max_iter", "smoothing", "warm_start")
+            if (value := getattr(self, name)) not in (None, "auto", False)
         ]
         return ", ".join(shown)
 
