@@ -53,7 +53,7 @@ _CACHED = 1 << 18
 _RESUMED = 1e5
 
 # Unknowns up to which the compiled active-set method is the faster engine (python -m benchmarks.qp).
-_NATIVE_BELOW = 300
+_NATIVE_BELOW = 400
 
 
 class QPSolution(NamedTuple):
