@@ -129,6 +129,7 @@ class KKTProblem(Problem):
         residual = functools.partial(_residual, sizes)
         super().__init__(residual, _searched_by_engine, LinearMethod(), batch_ndim=len(sizes.batch), on_failure=options.on_failure)
         self.sizes, self.options = sizes, options
+        self._flat: DenseQP | None = None
         # Whether every active set was seen to be regular, and then the factors of parts of the batch.
         self._regular = False
         self._parts: list[tuple[slice, ReducedFactor | TinyFactor]] | None = None
@@ -138,7 +139,7 @@ class KKTProblem(Problem):
         if 0 in self.sizes.batch:
             status = torch.zeros(self.sizes.batch, dtype=torch.int64, device=x0.device)
             return (x0.clone(), status, *x0.new_zeros(3, *self.sizes.batch), status.clone())
-        problem = flat_problem(theta, self.sizes)
+        self._flat = problem = flat_problem(theta, self.sizes)
         found = self._search(problem, x0.reshape(-1, x0.shape[-1]) if self.options.warm else None)
         parts = [found.x, found.y, found.z]
         if self.sizes.boxed:
@@ -218,7 +219,7 @@ class KKTProblem(Problem):
         flat = rhs.reshape(*rhs.shape[: int(columns)], -1, rhs.shape[-1])
         point = w.reshape(-1, w.shape[-1])
         if self._regular and self._parts is None:
-            self._parts = self._regular_factors(point, flat_problem(theta, self.sizes))
+            self._parts = self._regular_factors(point, flat_problem(theta, self.sizes) if self._flat is None else self._flat)
         if self._regular and self._parts is not None:
             pieces = [factor.solve(flat[..., part, :], transpose=transpose) for part, factor in self._parts]
             solved, residual = pieces[0] if len(pieces) == 1 else (torch.cat([piece[i] for piece in pieces], -2 + i) for i in (0, 1))
