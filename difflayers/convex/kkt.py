@@ -347,7 +347,7 @@ def times(matrix: Tensor, vector: Tensor) -> Tensor:
 
 def _is_convex(P: Tensor, rounding: float) -> Tensor:
     """Whether P has no negative eigenvalue beyond the rounding of its entries, for each element (or the one that all share)."""
-    size = P.diagonal(dim1=-2, dim2=-1).abs().amax(-1) if P.shape[-1] else P.new_zeros(P.shape[0])
+    size = P.abs().flatten(1).amax(-1) if P.shape[-1] else P.new_zeros(P.shape[0])
     shift = torch.where(size > 0, rounding * size, 1.0)
     shifted = P + shift[:, None, None] * torch.eye(P.shape[-1], dtype=P.dtype, device=P.device)
     # LAPACK stops at a NaN; what is not finite is reported by the engine.
@@ -361,7 +361,7 @@ def _two_outer(left: Tensor, right: Tensor, other_left: Tensor, other_right: Ten
     pairs = (torch.stack((left, other_left), axis), torch.stack((right, other_right), axis))
     if like.dim() > 2:
         return pairs[0] @ pairs[1].mT
-    return pairs[0].reshape(-1, left.shape[-1]).mT @ pairs[1].reshape(-1, right.shape[-1])
+    return pairs[0].flatten(0, -2).mT @ pairs[1].flatten(0, -2)
 
 
 def flat_problem(theta: Sequence[Any], sizes: Sizes) -> DenseQP:
