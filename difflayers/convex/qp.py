@@ -29,6 +29,8 @@ from ..implicit.eager import eager
 from ..implicit.function import ImplicitFunction
 from ..solution import OnFailure, Status
 from .kkt import CORE_NDIMS, KKTProblem, Options, QPSolution, Sizes
+from .sparse import solve_sparse
+from .sparse_matrix import SparseMatrix, is_sparse
 
 __all__ = ["QPLayer", "QPSolution", "solve_qp"]
 
@@ -37,11 +39,11 @@ _NAMES = ("P", "q", "G", "h", "A", "b", "lb", "ub")
 
 @eager
 def solve_qp(
-    P: Tensor | None,
+    P: Tensor | SparseMatrix | None,
     q: Tensor,
-    G: Tensor | None = None,
+    G: Tensor | SparseMatrix | None = None,
     h: Tensor | None = None,
-    A: Tensor | None = None,
+    A: Tensor | SparseMatrix | None = None,
     b: Tensor | None = None,
     lb: Tensor | None = None,
     ub: Tensor | None = None,
@@ -94,6 +96,8 @@ def solve_qp(
     arguments = (P, q, G, h, A, b, lb, ub)
     if solver not in ("auto", "interior_point"):
         raise ValueError(f"solver={solver!r} is not known; choose 'auto' or 'interior_point'")
+    if any(is_sparse(part) for part in (P, G, A)):
+        return solve_sparse(arguments, _validate, tol=tol, max_iter=max_iter, warm_start=warm_start, on_failure=on_failure)
     sizes = _validate(arguments)
     dtype = q.dtype
     double = dtype == torch.float64
@@ -155,11 +159,11 @@ class QPLayer(nn.Module):
 
     def forward(
         self,
-        P: Tensor | None,
+        P: Tensor | SparseMatrix | None,
         q: Tensor,
-        G: Tensor | None = None,
+        G: Tensor | SparseMatrix | None = None,
         h: Tensor | None = None,
-        A: Tensor | None = None,
+        A: Tensor | SparseMatrix | None = None,
         b: Tensor | None = None,
         lb: Tensor | None = None,
         ub: Tensor | None = None,
@@ -180,11 +184,11 @@ class QPLayer(nn.Module):
 
     def solve(
         self,
-        P: Tensor | None,
+        P: Tensor | SparseMatrix | None,
         q: Tensor,
-        G: Tensor | None = None,
+        G: Tensor | SparseMatrix | None = None,
         h: Tensor | None = None,
-        A: Tensor | None = None,
+        A: Tensor | SparseMatrix | None = None,
         b: Tensor | None = None,
         lb: Tensor | None = None,
         ub: Tensor | None = None,
