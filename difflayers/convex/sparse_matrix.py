@@ -12,6 +12,7 @@ back as a sparse tensor of the same layout and pattern. What torch 2.13 itself c
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -127,7 +128,7 @@ def _compressed_indices(matrix: Tensor) -> Tensor | None:
     """``(2, nnz)``, or None if the elements of a batch differ."""
     _, get_pointers, get_indices = _COMPRESSED[matrix.layout]
     pointers, inner = get_pointers(matrix), get_indices(matrix)
-    pointers, inner = pointers.reshape(-1, pointers.shape[-1]), inner.reshape(-1, inner.shape[-1])
+    pointers, inner = pointers.reshape(-1, pointers.shape[-1]), inner.reshape(math.prod(inner.shape[:-1]), inner.shape[-1])
     if len(pointers) > 1 and not (torch.equal(pointers, pointers[:1].expand_as(pointers)) and torch.equal(inner, inner[:1].expand_as(inner))):
         return None
     outer = torch.repeat_interleave(torch.arange(pointers.shape[1] - 1, device=inner.device), pointers[0].diff())
