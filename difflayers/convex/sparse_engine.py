@@ -23,7 +23,7 @@ from .sparse_kkt import Array, Sparse, SparseError, SparseFactor, SparseKKT, Spa
 
 __all__ = ["SparseResult", "solve_one"]
 
-_FIRST, _TIGHT = 1e-6, 1e-11  # Clarabel's tolerances
+_FIRST, _TIGHT = 1e-8, 1e-11  # Clarabel's tolerances
 _CORRECTIONS = 12  # exact solves for one guess of the active set
 _EXACT = 1e-12  # a relative KKT error that no other active set can improve
 _CANCELLED = 1e-9  # a sum that is smaller than this share of its terms may be rounding
@@ -95,13 +95,9 @@ class _Best:
         """Solve the active set of ``point`` exactly, and those that its violated conditions suggest."""
         if not all(np.isfinite(part).all() for part in point):
             return
-        tried: set[bytes] = set()
+        guess, changes = self.guess(point), point.x.size + point.z.size
         for turn in range(_CORRECTIONS):
-            active, lower, upper = self.guess(point)
-            key = np.packbits(np.concatenate((active, lower, upper))).tobytes()
-            if key in tried:
-                return
-            tried.add(key)
+            active, lower, upper = guess
             point = self._only_active(point, active, lower, upper)
             if turn == 0:
                 self._offer(point, None)
@@ -113,6 +109,11 @@ class _Best:
             self._offer(point, factor)
             if self.error.relative <= _EXACT or not np.isfinite(point.x).all():
                 return
+            previous, guess = guess, self.guess(point)
+            now = sum(int((new != old).sum()) for new, old in zip(guess, previous, strict=True))
+            if not 0 < now < changes:
+                return
+            changes = now
 
     def guess(self, point: SparsePoint) -> tuple[Array, Array, Array]:
         """Which rows and bounds are active: those whose multiplier outweighs the slack."""

@@ -23,6 +23,7 @@ References:
 from __future__ import annotations
 
 import functools
+import hashlib
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -38,6 +39,12 @@ _SWEEPS = 12
 _ACCURACY = 1e-14  # relative residual at which refinement has nothing left to gain
 _CONVERGED = 1e-11  # a larger residual after refinement calls for GMRES
 _KRYLOV = 40
+_SIMILAR = 0.05  # share of its unknowns by which an active set may differ from another to take over its ordering
+_REMEMBERED = 16
+
+# What a training loop asks for again and again: orderings by pattern, and verdicts on constant P. Both only save time.
+_ORDERS: dict[bytes, Array] = {}
+_VERDICTS: dict[bytes, bool] = {}
 
 
 class SparseQP(NamedTuple):
@@ -114,14 +121,18 @@ def is_convex(P: Sparse, rounding: float) -> bool:
     shift = rounding * size if size > 0 else 1.0
     if bool((diagonal + shift < 0).any()):
         return False
-    if bool((2 * diagonal + shift >= abs(P).sum(axis=1)).all()):
-        return True  # diagonally dominant
-    try:
-        factor = _symmetric_lu(P + shift * sp.eye_array(P.shape[0]))
-    except RuntimeError:
-        return False
-    # Without pivoting U = D Lᵀ, and the signs of D are those of the eigenvalues.
-    return bool((factor.U.diagonal() > 0).all())
+    if bool((2 * diagonal + shift >= abs(P).sum(axis=1)).all()):  # diagonally dominant
+        return True
+    key = hashlib.blake2b(P.data.tobytes() + P.indices.tobytes() + P.indptr.tobytes() + np.float64(shift).tobytes()).digest()
+    if key not in _VERDICTS:
+        try:
+            factor = _symmetric_lu((P + shift * sp.eye_array(P.shape[0])).tocsc())
+            # Without pivoting U = D Lᵀ, and the signs of D are those of the eigenvalues.
+            verdict = bool((factor.U.diagonal() > 0).all())
+        except RuntimeError:
+            verdict = False
+        _remember(_VERDICTS, key, verdict)
+    return _VERDICTS[key]
 
 
 class SparseKKT:
@@ -141,6 +152,7 @@ class SparseKKT:
         self.scale = _equilibration(matrix)
         matrix.data = matrix.data * self.scale[matrix.coords[0]] * self.scale[matrix.coords[1]]
         self.matrix = matrix.tocsc()
+        self.pattern = hashlib.blake2b(self.matrix.indices.tobytes() + self.matrix.indptr.tobytes()).digest()
         self.stiffness = self.scale[self.n + self.p :] ** 2, 1 / self.scale[: self.n] ** 2
 
     @functools.cached_property
@@ -168,10 +180,26 @@ class SparseFactor:
         self.kkt, self.active, self.pinned = kkt, active, pinned
         self.keep = np.concatenate((~pinned, np.ones(kkt.p, bool), active))
         kept = np.flatnonzero(self.keep)
-        self._index = kept
-        core = kkt.matrix[kept][:, kept] if len(kept) < len(self.keep) else kkt.matrix
-        damping = np.where(kept < kkt.n, _DELTA, -_DELTA)
-        self._lu = _symmetric_lu(core + sp.dia_array((damping[None], [0]), shape=core.shape)) if len(kept) else None
+        order = self._known_order()
+        self._index = kept if order is None else order
+        core = kkt.matrix[self._index][:, self._index]
+        damping = np.where(self._index < kkt.n, _DELTA, -_DELTA)
+        core = (core + sp.dia_array((damping[None], [0]), shape=core.shape)).tocsc()
+        self._lu = _symmetric_lu(core, ordered=order is not None) if len(kept) else None
+        if order is None and self._lu is not None:
+            _remember(_ORDERS, kkt.pattern, kept[np.argsort(self._lu.perm_c)])
+
+    def _known_order(self) -> Array | None:
+        """The ordering of a similar active set of the same pattern; what it lacks comes last. Finding one costs as much as a factor."""
+        known = _ORDERS.get(self.kkt.pattern)
+        if known is None:
+            return None
+        missing = self.keep.copy()
+        missing[known] = False
+        common, new = known[self.keep[known]], np.flatnonzero(missing)
+        if len(new) + len(known) - len(common) > _SIMILAR * len(common):
+            return None
+        return np.concatenate((common, new))
 
     def refine(self, rhs: Array, start: Array) -> tuple[Array, Array, Array]:
         """Go from ``start`` to the solution of the core nearby.
@@ -242,13 +270,19 @@ class SparseFactor:
         return point, gap, residual
 
 
-def _symmetric_lu(matrix: Sparse) -> Any:
-    """SuperLU without pivoting in a minimum-degree ordering of the symmetric pattern: LDLᵀ in all but name."""
+def _symmetric_lu(matrix: Sparse, *, ordered: bool = False) -> Any:
+    """SuperLU without pivoting, in a minimum-degree ordering of the symmetric pattern or as it is: LDLᵀ in all but name."""
     from scipy.sparse.linalg import splu
 
-    matrix = matrix.tocsc()
     matrix.indices, matrix.indptr = matrix.indices.astype(np.intc, copy=False), matrix.indptr.astype(np.intc, copy=False)
-    return splu(matrix, permc_spec="MMD_AT_PLUS_A", diag_pivot_thresh=0.0, options={"SymmetricMode": True})
+    ordering = "NATURAL" if ordered else "MMD_AT_PLUS_A"
+    return splu(matrix, permc_spec=ordering, diag_pivot_thresh=0.0, options={"SymmetricMode": True})
+
+
+def _remember(memory: dict[bytes, Any], key: bytes, value: Any) -> None:
+    memory[key] = value
+    while len(memory) > _REMEMBERED:
+        memory.pop(next(iter(memory)), None)
 
 
 def _equilibration(matrix: Sparse) -> Array:
