@@ -18,7 +18,7 @@ Stability Analysis in Nonlinear Programming, Academic Press 1983.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -93,7 +93,7 @@ def solve_qp(
         >>> gradient + 0.0
         tensor([-1., 0.])
     """
-    arguments = (P, q, G, h, A, b, lb, ub)
+    arguments: tuple[Any, ...] = (P, q, G, h, A, b, lb, ub)
     if solver not in ("auto", "interior_point"):
         raise ValueError(f"solver={solver!r} is not known; choose 'auto' or 'interior_point'")
     if any(is_sparse(part) for part in (P, G, A)):

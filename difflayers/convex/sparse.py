@@ -58,9 +58,10 @@ def solve_sparse(
         warm_start: the solution of a similar problem.
         on_failure: what becomes of elements without a solution.
     """
-    matrices = {place: sparse_matrix(arguments[place], name) for place, name in ((0, "P"), (2, "G"), (4, "A")) if arguments[place] is not None}
-    sizes = validate([_stand_in(matrices[place]) if place in matrices else part for place, part in enumerate(arguments)])
-    q: Any = arguments[1]
+    given: list[Any] = list(arguments)
+    matrices = {place: sparse_matrix(given[place], name) for place, name in ((0, "P"), (2, "G"), (4, "A")) if given[place] is not None}
+    sizes = validate([_stand_in(matrices[place]) if place in matrices else part for place, part in enumerate(given)])
+    q: Tensor = given[1]
     double = q.dtype == torch.float64
     options = Options(
         tol=(1e-9 if double else 1e-6) if tol is None else tol,
@@ -69,15 +70,15 @@ def solve_sparse(
         rounding=1e-9 if double else 1e-5,
         warm=warm_start is not None,
     )
-    patterns = tuple(matrices[place].indices if place in matrices else None for place in (0, 2, 4))
-    theta: list[Any] = [matrices[place].values if place in matrices else part for place, part in enumerate(arguments)]
+    P, G, A = (matrices[place].indices if place in matrices else None for place in (0, 2, 4))
+    theta: list[Any] = [matrices[place].values if place in matrices else part for place, part in enumerate(given)]
     theta = [None if part is None else part.to(torch.float64) for part in theta]
     if sizes.boxed:
         for side, infinity in ((6, -torch.inf), (7, torch.inf)):
             if theta[side] is None:
                 theta[side] = torch.full((sizes.n,), infinity, dtype=torch.float64, device=q.device)
     start, *theta = visible_to_modes([sizes.start(warm_start, q), *theta])
-    problem = SparseKKTProblem(sizes, options, patterns)
+    problem = SparseKKTProblem(sizes, options, (P, G, A))
     point, status, primal, dual, gap, iterations = ImplicitFunction.apply(problem, start.detach(), *theta)
     if on_failure != "raise":
         lost = status != Status.SOLVED if on_failure == "nan" else status == Status.NUMERICAL_ERROR
@@ -211,7 +212,8 @@ class _Elements:
         self._G, self._A = self._matrices(G, patterns[1], sizes.m), self._matrices(A, patterns[2], sizes.p)
         self._q, self._h, self._b = self._vectors(q, n), self._vectors(h, sizes.m), self._vectors(b, sizes.p)
         self._lb, self._ub = (
-            self._vectors(side, n) if sizes.boxed else np.full((self._count, n), infinity) for side, infinity in ((lb, -np.inf), (ub, np.inf))
+            self._vectors(side, n) if sizes.boxed else np.full((self._count, n), infinity)
+            for side, infinity in ((lb, -np.inf), (ub, np.inf))
         )
         self._h = np.where(self._h >= ABSENT, np.inf, self._h)
         self._lb, self._ub = np.where(self._lb <= -ABSENT, -np.inf, self._lb), np.where(self._ub >= ABSENT, np.inf, self._ub)

@@ -3,8 +3,8 @@ r"""The engine for sparse quadratic programs: a compiled interior-point method, 
 Clarabel follows the central path to a moderate tolerance. Its guess of the active set is solved exactly and corrected where multipliers or
 slacks come out with the wrong sign (a primal-dual active-set method); the optimality conditions, measured here in the data as given,
 decide whether the result is a solution. If not, Clarabel runs again, tight. What remains is put to the proof as in
-:mod:`~difflayers.convex.certificates`: a certificate, Clarabel's own or one from an auxiliary problem that always has a solution, counts only
-if it is verified here.
+:mod:`~difflayers.convex.certificates`: a certificate, Clarabel's own or one from an auxiliary problem that always has a solution, counts
+only if it is verified here.
 
 References:
     P. Goulart, Y. Chen, Clarabel: an interior-point solver for conic programs with quadratic objectives (2024), arXiv:2405.12762.
@@ -13,6 +13,7 @@ References:
 
 from __future__ import annotations
 
+import importlib
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -117,7 +118,7 @@ class _Best:
 
     def guess(self, point: SparsePoint) -> tuple[Array, Array, Array]:
         """Which rows and bounds are active: those whose multiplier outweighs the slack."""
-        P, q, G, h, A, b, lb, ub = self.problem
+        _, _, G, h, _, _, lb, ub = self.problem
         rows, box = self.kkt.stiffness
         active = (point.z > rows * (h - G @ point.x)) & np.isfinite(h)
         lower, upper = -point.z_box > box * (point.x - lb), point.z_box > box * (ub - point.x)
@@ -147,9 +148,9 @@ class _Best:
 
 def _clarabel(problem: SparseQP, tolerance: float, max_iter: int) -> tuple[SparsePoint, Status | None, int]:
     """A point, which is a certificate if Clarabel claims that there is no solution, and the iterations."""
-    import clarabel
     import scipy.sparse as sp
 
+    clarabel: Any = importlib.import_module("clarabel")
     P, q, G, h, A, b, lb, ub = problem
     n, p = len(q), len(b)
     fixed, rows = np.flatnonzero(lb == ub), np.flatnonzero(np.isfinite(h))

@@ -1,7 +1,7 @@
 r"""A sparse quadratic program, how well a point solves it, and the factor of its active set.
 
-With the rows E = (A; G), the optimality conditions of min ½xᵀPx + qᵀx s.t. Ax = b, Gx ≤ h, l ≤ x ≤ u are, once the active rows and bounds are
-known, the symmetric system
+With the rows E = (A; G), the optimality conditions of min ½xᵀPx + qᵀx s.t. Ax = b, Gx ≤ h, l ≤ x ≤ u are, once the active rows and
+bounds are known, the symmetric system
 
 .. math:: \begin{pmatrix} P & E^\top \\ E & 0 \end{pmatrix} \begin{pmatrix} x \\ \lambda \end{pmatrix} =
    \begin{pmatrix} r \\ e \end{pmatrix}
@@ -111,14 +111,13 @@ def stack_rows(*matrices: Sparse) -> Sparse:
 
 
 def is_convex(P: Sparse, rounding: float) -> bool:
-    """Whether P has no negative eigenvalue beyond the relative rounding of its entries."""
+    """Whether P, of finite entries, has no negative eigenvalue beyond their relative rounding."""
     import scipy.sparse as sp
 
     diagonal = P.diagonal()
-    size = largest(diagonal)
-    if not P.nnz or not np.isfinite(P.data).all():
-        return True
-    shift = rounding * size if size > 0 else 1.0
+    shift = rounding * largest(diagonal)
+    if shift == 0:
+        return not P.data.any()
     if bool((diagonal + shift < 0).any()):
         return False
     if bool((2 * diagonal + shift >= abs(P).sum(axis=1)).all()):  # diagonally dominant
@@ -185,7 +184,7 @@ class SparseFactor:
         core = kkt.matrix[self._index][:, self._index]
         damping = np.where(self._index < kkt.n, _DELTA, -_DELTA)
         core = (core + sp.dia_array((damping[None], [0]), shape=core.shape)).tocsc()
-        self._lu = _symmetric_lu(core, ordered=order is not None) if len(kept) else None
+        self._lu: Any = _symmetric_lu(core, ordered=order is not None) if len(kept) else None
         if order is None and self._lu is not None:
             _remember(_ORDERS, kkt.pattern, kept[np.argsort(self._lu.perm_c)])
 
@@ -246,21 +245,22 @@ class SparseFactor:
         return point, gap, np.where(np.isfinite(residual), residual, np.inf)
 
     def _accelerate(self, target: Array, point: Array, gap: Array, residual: float) -> tuple[Array, Array, float]:
-        from scipy.sparse.linalg import LinearOperator, gmres
+        from scipy.sparse import linalg
 
         index, size = self._index, len(self._index)
+        operator: Any = linalg.LinearOperator
 
         def times(part: Array) -> Array:
             whole = np.zeros(len(self.keep))
             whole[index] = part.ravel()
             return (self.kkt.matrix @ whole)[index]
 
-        core = LinearOperator((size, size), matvec=times, dtype=np.float64)
-        solve = LinearOperator((size, size), matvec=lambda part: self._lu.solve(part.ravel()), dtype=np.float64)
+        core = operator((size, size), matvec=times, dtype=np.float64)
+        solve = operator((size, size), matvec=lambda part: self._lu.solve(part.ravel()), dtype=np.float64)
         for _ in range(4):
             if not np.isfinite(residual) or residual <= _CONVERGED / 10:
                 break
-            step, _ = gmres(core, gap[index], rtol=1e-6, atol=0.0, restart=_KRYLOV, maxiter=1, M=solve)
+            step, _ = linalg.gmres(core, gap[index], rtol=1e-6, atol=0.0, restart=_KRYLOV, maxiter=1, M=solve)
             moved = point.copy()
             moved[index] += step
             _, new_gap, new_residual = self._measured(target[:, None], moved[:, None])

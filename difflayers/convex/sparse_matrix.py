@@ -1,7 +1,7 @@
 r"""Sparse matrices as layers see them: a fixed pattern, which is a constant, and values, which are differentiated.
 
-A torch tensor in a sparse layout is taken apart into the two. Its values keep the autograd graph, so that the gradient of a sparse leaf comes
-back as a sparse tensor of the same layout and pattern. What torch 2.13 itself cannot do stays impossible with its sparse tensors:
+A torch tensor in a sparse layout is taken apart into the two. Its values keep the autograd graph, so that the gradient of a sparse leaf
+comes back as a sparse tensor of the same layout and pattern. What torch 2.13 itself cannot do stays impossible with its sparse tensors:
 
 * torch.func knows no sparse CSR tensors, forward mode and vmap no sparse tensors at all;
 * the backward of ``torch.sparse_coo_tensor(indices, values, size)`` drops second derivatives in ``values`` without a word (here it
@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch._C import _functorch
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 
 from ..errors import DiffLayersError, ShapeError
 
@@ -71,23 +72,33 @@ def sparse_matrix(matrix: Tensor | SparseMatrix, name: str) -> SparseMatrix:
     """
     if isinstance(matrix, SparseMatrix):
         return _checked(matrix, name)
-    if matrix.layout == torch.strided:
+    if _functorch.is_functorch_wrapped_tensor(matrix):
+        return _from_tensor(matrix, name)
+    # Transforms would wrap a sparse tensor that they have nothing to do with, and cannot.
+    with temporarily_clear_interpreter_stack():
+        return _from_tensor(matrix, name)
+
+
+def _from_tensor(matrix: Tensor, name: str) -> SparseMatrix:
+    if matrix.layout == torch.strided and matrix.dim() >= 2:
         rows, columns = matrix.shape[-2:]
-        grid = torch.arange(rows * columns, device=matrix.device)
-        return SparseMatrix(torch.stack((grid // max(columns, 1), grid % max(columns, 1))), matrix.flatten(-2), (rows, columns))
-    shape = (int(matrix.shape[-2]), int(matrix.shape[-1])) if matrix.dim() >= 2 else (0, 0)
-    if matrix.layout == torch.sparse_coo and matrix.dim() == 2 and matrix.sparse_dim() == 2:
-        indices, values = _outside_transforms(_coo_entries, matrix)
-        return SparseMatrix(indices, values, shape)
-    if matrix.layout in _COMPRESSED and matrix.dim() >= 2 and matrix.dense_dim() == 0:
-        indices = _outside_transforms(_compressed_indices, matrix)
-        if indices is None:
-            raise ShapeError(f"{name}: the elements of a batch must have one sparsity pattern; {_INSTEAD}, with explicit zeros")
-        return SparseMatrix(indices, _outside_transforms(_Values.apply, matrix), shape)
+        place = torch.arange(rows * columns, device=matrix.device)
+        return SparseMatrix(torch.stack((place // max(columns, 1), place % max(columns, 1))), matrix.flatten(-2), (rows, columns))
+    if matrix.layout == torch.sparse_coo and matrix.sparse_dim() == matrix.dim() == 2:
+        entries = matrix.coalesce()
+        node, values = matrix.grad_fn, entries.values()
+        values = _Guard.apply(values) if node is not None and node.name() == _CONSTRUCTOR else values
+        return SparseMatrix(entries.indices(), values, _shape(matrix))
+    if matrix.layout in _COMPRESSED and matrix.dense_dim() == 0:
+        return SparseMatrix(_compressed_indices(matrix, name), _Values.apply(matrix), _shape(matrix))
     raise ShapeError(
-        f"{name} is a {matrix.dim()}-dimensional tensor with the layout {matrix.layout}; wanted is a sparse COO matrix, a sparse CSR or CSC "
-        f"matrix (with batch dimensions if you like), or a dense tensor. Otherwise {_INSTEAD}"
+        f"{name} is a {matrix.dim()}-dimensional tensor with the layout {matrix.layout}; wanted is a sparse COO matrix, a sparse CSR or "
+        f"CSC matrix (with batch dimensions if you like), or a dense matrix. Otherwise {_INSTEAD}"
     )
+
+
+def _shape(matrix: Tensor) -> tuple[int, int]:
+    return int(matrix.shape[-2]), int(matrix.shape[-1])
 
 
 def _checked(matrix: SparseMatrix, name: str) -> SparseMatrix:
@@ -100,7 +111,9 @@ def _checked(matrix: SparseMatrix, name: str) -> SparseMatrix:
             f"got {indices.dtype} of shape {tuple(indices.shape)}"
         )
     if _functorch.is_batchedtensor(indices):
-        raise ShapeError(f"{name}: the pattern of a SparseMatrix is a constant; let vmap map its values only (in_dims=None for the indices)")
+        raise ShapeError(
+            f"{name}: the pattern of a SparseMatrix is a constant; let vmap map its values only (in_dims=None for the indices)"
+        )
     while _functorch.is_functorch_wrapped_tensor(indices):
         indices = _functorch.get_unwrapped(indices)
     limits = torch.tensor(shape, device=indices.device).unsqueeze(1)
@@ -109,28 +122,11 @@ def _checked(matrix: SparseMatrix, name: str) -> SparseMatrix:
     return SparseMatrix(indices, values, (int(shape[0]), int(shape[1])))
 
 
-def _outside_transforms(function: Any, matrix: Tensor) -> Any:
-    # Transforms would wrap a sparse tensor that they have nothing to do with, and cannot.
-    if _functorch.is_functorch_wrapped_tensor(matrix):
-        return function(matrix)
-    with torch._C._DisableFuncTorch():
-        return function(matrix)
-
-
-def _coo_entries(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    entries = matrix.coalesce()
-    node = matrix.grad_fn
-    values = entries.values()
-    return entries.indices(), _Guard.apply(values) if node is not None and node.name() == _CONSTRUCTOR else values
-
-
-def _compressed_indices(matrix: Tensor) -> Tensor | None:
-    """``(2, nnz)``, or None if the elements of a batch differ."""
+def _compressed_indices(matrix: Tensor, name: str) -> Tensor:
     _, get_pointers, get_indices = _COMPRESSED[matrix.layout]
-    pointers, inner = get_pointers(matrix), get_indices(matrix)
-    pointers, inner = pointers.reshape(-1, pointers.shape[-1]), inner.reshape(math.prod(inner.shape[:-1]), inner.shape[-1])
-    if len(pointers) > 1 and not (torch.equal(pointers, pointers[:1].expand_as(pointers)) and torch.equal(inner, inner[:1].expand_as(inner))):
-        return None
+    pointers, inner = (part.reshape(math.prod(part.shape[:-1]), part.shape[-1]) for part in (get_pointers(matrix), get_indices(matrix)))
+    if bool((pointers != pointers[:1]).any() | (inner != inner[:1]).any()):
+        raise ShapeError(f"{name}: the elements of a batch must have one sparsity pattern; {_INSTEAD}, with explicit zeros")
     outer = torch.repeat_interleave(torch.arange(pointers.shape[1] - 1, device=inner.device), pointers[0].diff())
     pair = (outer, inner[0].to(torch.int64))
     return torch.stack(pair if matrix.layout == torch.sparse_csr else pair[::-1])
@@ -158,7 +154,7 @@ class _Rebuilt(torch.autograd.Function):
     @staticmethod
     def forward(values: Tensor, like: Tensor) -> Tensor:
         build, get_pointers, get_indices = _COMPRESSED[like.layout]
-        return build(get_pointers(like), get_indices(like), values.clone(), like.shape)
+        return build(get_pointers(like), get_indices(like), values.clone(), like.shape, check_invariants=False)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
