@@ -39,6 +39,7 @@ _SWEEPS = 12
 _ACCURACY = 1e-14  # relative residual at which refinement has nothing left to gain
 _CONVERGED = 1e-11  # a larger residual after refinement calls for GMRES
 _KRYLOV = 40
+_GROWTH = 1e4  # a solution is measured by its own size up to this many times the size of the data
 _SIMILAR = 0.05  # share of its unknowns by which an active set may differ from another to take over its ordering
 _REMEMBERED = 16
 
@@ -213,14 +214,15 @@ class SparseFactor:
         """
         scale = self.kkt.scale[:, None]
         target, point = rhs * scale, start / scale
-        best, gap, residual = self._measured(target, point)
+        begin = ((self.kkt.sizes @ abs(point) + abs(target)) * self.keep[:, None]).max(0, initial=0.0)
+        best, gap, residual = self._measured(target, point, begin)
         if self._lu is not None:
             for _ in range(_SWEEPS):
                 if not (residual > _ACCURACY).any():
                     break
                 point = best.copy()
                 point[self._index] += self._lu.solve(gap[self._index])
-                point, new_gap, new_residual = self._measured(target, point)
+                point, new_gap, new_residual = self._measured(target, point, begin)
                 better = new_residual < 0.5 * residual
                 best, gap = np.where(better, point, best), np.where(better, new_gap, gap)
                 residual = np.where(better, new_residual, residual)
@@ -228,23 +230,29 @@ class SparseFactor:
                     break
             for column in np.flatnonzero(residual > _CONVERGED):
                 part = best[:, column], gap[:, column], float(residual[column])
-                best[:, column], gap[:, column], residual[column] = self._accelerate(target[:, column], *part)
+                best[:, column], gap[:, column], residual[column] = self._accelerate(target[:, column], begin[column], *part)
         price = gap[: self.kkt.n] / scale[: self.kkt.n]
         return best * scale, price, residual
 
-    def _measured(self, target: Array, point: Array) -> tuple[Array, Array, Array]:
-        """The point, the gap of all equations, and the largest gap of a block over the largest sum of terms in the block."""
+    def _measured(self, target: Array, point: Array, start: Array) -> tuple[Array, Array, Array]:
+        """The point, the gap of all equations, and the largest gap of a block over the largest sum of terms in the block.
+
+        ``start`` ``(R,)`` is the largest sum of terms that the refinement began with.
+        """
         gap = target - self.kkt.matrix @ point
         terms = (self.kkt.sizes @ abs(point) + abs(target)) * self.keep[:, None]
         errors = abs(gap) * self.keep[:, None]
         n = self.kkt.n
         force = terms[:n].max(0, initial=0.0)
-        reach = np.maximum(terms[n:].max(0, initial=0.0), force)  # at a vertex x may be zero: take what the forces would move
+        # At a vertex x may be zero: take what the forces would move.
+        reach = np.maximum(terms[n:].max(0, initial=0.0), abs(target[:n]).max(0, initial=0.0))
+        # Where the system is inconsistent its iterates grow without limit; their size must not hide that.
+        force, reach = np.minimum(force, _GROWTH * start), np.minimum(reach, _GROWTH * start)
         with np.errstate(invalid="ignore", divide="ignore"):
             residual = np.maximum(_ratio(errors[:n].max(0, initial=0.0), force), _ratio(errors[n:].max(0, initial=0.0), reach))
         return point, gap, np.where(np.isfinite(residual), residual, np.inf)
 
-    def _accelerate(self, target: Array, point: Array, gap: Array, residual: float) -> tuple[Array, Array, float]:
+    def _accelerate(self, target: Array, begin: float, point: Array, gap: Array, residual: float) -> tuple[Array, Array, float]:
         from scipy.sparse import linalg
 
         index, size = self._index, len(self._index)
@@ -263,7 +271,7 @@ class SparseFactor:
             step, _ = linalg.gmres(core, gap[index], rtol=1e-6, atol=0.0, restart=_KRYLOV, maxiter=1, M=solve)
             moved = point.copy()
             moved[index] += step
-            _, new_gap, new_residual = self._measured(target[:, None], moved[:, None])
+            _, new_gap, new_residual = self._measured(target[:, None], moved[:, None], np.array([begin]))
             if not new_residual[0] < 0.9 * residual:
                 break
             point, gap, residual = moved, new_gap[:, 0], float(new_residual[0])
