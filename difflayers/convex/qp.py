@@ -1,4 +1,4 @@
-r"""Quadratic programs as a layer: batched, dense, differentiable to any order.
+r"""Quadratic programs as a layer: batched, differentiable to any order; dense here, sparse in :mod:`~difflayers.convex.sparse`.
 
 .. math:: \min_x \tfrac12 x^T P x + q^T x \quad\text{subject to}\quad G x \le h,\; A x = b,\; l \le x \le u,
 
@@ -56,6 +56,7 @@ def solve_qp(
 ) -> QPSolution:
     """Solve min ½ xᵀPx + qᵀx subject to Gx ≤ h, Ax = b, lb ≤ x ≤ ub, for each element of the batch on its own.
 
+    P, G and A may be sparse: torch tensors in the layouts COO, CSR or CSC, or :class:`SparseMatrix`, with gradients on the same pattern.
     Leading batch dimensions broadcast. An argument without them is shared by the batch; its gradient is the sum.
     Everything is computed in float64; float32 arguments give float32 results.
 
