@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from benchmarks import core, qp, sparse_qp
+from benchmarks import core, maros_meszaros, qp, sparse_qp
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
@@ -12,4 +12,5 @@ if __name__ == "__main__":
     short = parser.parse_args().short
     qp.main(short=short)
     sparse_qp.main(short=short)
+    maros_meszaros.main()
     core.main(short=short)

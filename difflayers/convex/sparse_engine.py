@@ -162,7 +162,7 @@ def _clarabel(problem: SparseQP, tolerance: float, max_iter: int) -> tuple[Spars
     settings = clarabel.DefaultSettings()
     settings.verbose, settings.presolve_enable, settings.max_threads, settings.max_iter = False, False, 1, max_iter
     settings.tol_feas = settings.tol_gap_abs = settings.tol_gap_rel = tolerance
-    settings.tol_infeas_rel = settings.tol_infeas_abs = 1e-9
+    settings.tol_infeas_rel = settings.tol_infeas_abs = 0.1 * tolerance  # tight, it has less cause to claim what is not so
     solver = clarabel.DefaultSolver(_matrix(sp.triu(P)), q, _matrix(stack_rows(*(matrix for matrix, _ in parts))), limits, cones, settings)
     found = solver.solve()
     y, fixed_pull, z_rows, at_lower, at_upper = np.split(np.array(found.z), np.cumsum([len(limit) for _, limit in parts])[:-1])

@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import threading
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -34,6 +35,7 @@ Array = np.ndarray[Any, Any]
 Sparse = Any  # a matrix of scipy.sparse, which is imported only where it is needed
 
 _DELTA = 1e-7  # regularization of the equilibrated core
+_LEAST_DELTA = 1e-12
 _SCALINGS = 5  # sweeps of the equilibration
 _SWEEPS = 12
 _ACCURACY = 1e-14  # relative residual at which refinement has nothing left to gain
@@ -46,6 +48,7 @@ _REMEMBERED = 16
 # What a training loop asks for again and again: orderings by pattern, and verdicts on constant P. Both only save time.
 _ORDERS: dict[bytes, Array] = {}
 _VERDICTS: dict[bytes, bool] = {}
+_LOCK = threading.Lock()
 
 
 class SparseQP(NamedTuple):
@@ -124,7 +127,8 @@ def is_convex(P: Sparse, rounding: float) -> bool:
     if bool((2 * diagonal + shift >= abs(P).sum(axis=1)).all()):  # diagonally dominant
         return True
     key = hashlib.blake2b(P.data.tobytes() + P.indices.tobytes() + P.indptr.tobytes() + np.float64(shift).tobytes()).digest()
-    if key not in _VERDICTS:
+    verdict = _VERDICTS.get(key)
+    if verdict is None:
         try:
             factor = _symmetric_lu((P + shift * sp.eye_array(P.shape[0])).tocsc())
             # Without pivoting U = D Lᵀ, and the signs of D are those of the eigenvalues.
@@ -132,7 +136,7 @@ def is_convex(P: Sparse, rounding: float) -> bool:
         except RuntimeError:
             verdict = False
         _remember(_VERDICTS, key, verdict)
-    return _VERDICTS[key]
+    return verdict
 
 
 class SparseKKT:
@@ -175,19 +179,31 @@ class SparseFactor:
     """
 
     def __init__(self, kkt: SparseKKT, active: Array, pinned: Array) -> None:
-        import scipy.sparse as sp
-
         self.kkt, self.active, self.pinned = kkt, active, pinned
         self.keep = np.concatenate((~pinned, np.ones(kkt.p, bool), active))
         kept = np.flatnonzero(self.keep)
         order = self._known_order()
         self._index = kept if order is None else order
-        core = kkt.matrix[self._index][:, self._index]
-        damping = np.where(self._index < kkt.n, _DELTA, -_DELTA)
-        core = (core + sp.dia_array((damping[None], [0]), shape=core.shape)).tocsc()
-        self._lu: Any = _symmetric_lu(core, ordered=order is not None) if len(kept) else None
-        if order is None and self._lu is not None:
+        self._lu = self._factorize(_DELTA, ordered=order is not None)
+        if order is None and len(kept):
             _remember(_ORDERS, kkt.pattern, kept[np.argsort(self._lu.perm_c)])
+
+    def _factorize(self, delta: float, *, ordered: bool = True) -> Any:
+        import scipy.sparse as sp
+
+        if not len(self._index):
+            return None
+        core = self.kkt.matrix[self._index][:, self._index]
+        damping = np.where(self._index < self.kkt.n, delta, -delta)
+        return _symmetric_lu((core + sp.dia_array((damping[None], [0]), shape=core.shape)).tocsc(), ordered=ordered)
+
+    @functools.cached_property
+    def _nearer(self) -> Any:
+        """The factor with hardly any regularization, for systems whose curvature is lost in the usual one; None if a pivot vanishes."""
+        try:
+            return self._factorize(_LEAST_DELTA, ordered=False)
+        except RuntimeError:
+            return None
 
     def _known_order(self) -> Array | None:
         """The ordering of a similar active set of the same pattern; what it lacks comes last. Finding one costs as much as a factor."""
@@ -216,21 +232,24 @@ class SparseFactor:
         target, point = rhs * scale, start / scale
         begin = ((self.kkt.sizes @ abs(point) + abs(target)) * self.keep[:, None]).max(0, initial=0.0)
         best, gap, residual = self._measured(target, point, begin)
-        if self._lu is not None:
-            for _ in range(_SWEEPS):
+        for precise in (False, True):
+            lu = self._nearer if precise else self._lu
+            for _ in range(_SWEEPS if lu is not None else 0):
                 if not (residual > _ACCURACY).any():
                     break
                 point = best.copy()
-                point[self._index] += self._lu.solve(gap[self._index])
+                point[self._index] += lu.solve(gap[self._index])
                 point, new_gap, new_residual = self._measured(target, point, begin)
                 better = new_residual < 0.5 * residual
                 best, gap = np.where(better, point, best), np.where(better, new_gap, gap)
                 residual = np.where(better, new_residual, residual)
                 if not better.any():
                     break
-            for column in np.flatnonzero(residual > _CONVERGED):
-                part = best[:, column], gap[:, column], float(residual[column])
-                best[:, column], gap[:, column], residual[column] = self._accelerate(target[:, column], begin[column], *part)
+            if not (residual > _CONVERGED).any():
+                break
+        for column in np.flatnonzero(residual > _CONVERGED):
+            part = best[:, column], gap[:, column], float(residual[column])
+            best[:, column], gap[:, column], residual[column] = self._accelerate(target[:, column], begin[column], *part)
         price = gap[: self.kkt.n] / scale[: self.kkt.n]
         return best * scale, price, residual
 
@@ -288,9 +307,10 @@ def _symmetric_lu(matrix: Sparse, *, ordered: bool = False) -> Any:
 
 
 def _remember(memory: dict[bytes, Any], key: bytes, value: Any) -> None:
-    memory[key] = value
-    while len(memory) > _REMEMBERED:
-        memory.pop(next(iter(memory)), None)
+    with _LOCK:
+        memory[key] = value
+        if len(memory) > _REMEMBERED:
+            del memory[next(iter(memory))]
 
 
 def _equilibration(matrix: Sparse) -> Array:

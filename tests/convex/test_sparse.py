@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from benchmarks.maros_meszaros import PROBLEMS, solve
 from difflayers import QPLayer, Status
 from difflayers.convex import SparseMatrix, solve_qp
 from difflayers.convex.sparse_matrix import sparse_matrix
@@ -335,6 +336,15 @@ def test_a_batched_csr_of_different_patterns_is_refused():
     matrix = torch.sparse_csr_tensor(pointers, columns, torch.ones(2, 2), (2, 2, 2))
     with pytest.raises(ShapeError, match="one sparsity pattern"):
         sparse_matrix(matrix, "G")
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+@pytest.mark.parametrize("name", [name for name in PROBLEMS if not name.endswith(("_M", "20"))])
+def test_maros_meszaros_problems_reach_their_published_values(name, sparse):
+    make, optimum = PROBLEMS[name]
+    value, found = solve(make(), sparse)
+    assert int(found.status) == Status.SOLVED
+    assert abs(value - optimum) <= 1e-7 * (1 + abs(optimum))
 
 
 def banded(n):
