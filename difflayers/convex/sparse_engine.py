@@ -62,7 +62,7 @@ def solve_one(
     if start is not None:
         best.correct(start)
     for tolerance in (_FIRST, _TIGHT):
-        if best.solved:
+        if best.solved and best.factor is not None:  # a solution whose active set is not confirmed gets another try
             break
         found, claim, steps = _clarabel(problem, tolerance, max_iter)
         iterations += steps
@@ -102,10 +102,7 @@ class _Best:
             point = self._only_active(point, active, lower, upper)
             if turn == 0:
                 self._offer(point, None)
-            try:
-                factor = self.kkt.factorize(active, lower | upper)
-            except RuntimeError:  # a pivot vanished in spite of the regularization
-                return
+            factor = self.kkt.factorize(active, lower | upper)
             point = self._on_active_set(point, factor, lower, upper)
             self._offer(point, factor)
             if self.error.relative <= _EXACT or not np.isfinite(point.x).all():
@@ -243,6 +240,7 @@ def _has_feasible_point(problem: SparseQP, near: Array, tol: float, max_iter: in
 def _infeasible(problem: SparseQP, certificate: SparsePoint) -> SparseResult:
     top = largest(*certificate[1:])
     point = SparsePoint(certificate.x, *(part / top for part in certificate[1:]))
+    point = point._replace(z=np.maximum(point.z, 0.0))
     return SparseResult(point, Status.PRIMAL_INFEASIBLE, kkt_error(problem, point), 0, None)
 
 

@@ -185,25 +185,26 @@ class SparseFactor:
         order = self._known_order()
         self._index = kept if order is None else order
         self._lu = self._factorize(_DELTA, ordered=order is not None)
-        if order is None and len(kept):
+        if order is None and self._lu is not None:
             _remember(_ORDERS, kkt.pattern, kept[np.argsort(self._lu.perm_c)])
 
-    def _factorize(self, delta: float, *, ordered: bool = True) -> Any:
+    def _factorize(self, delta: float, *, ordered: bool) -> Any:
+        """The factor with δ, or None if there is nothing to factorize or a pivot vanished in rounding."""
         import scipy.sparse as sp
 
         if not len(self._index):
             return None
         core = self.kkt.matrix[self._index][:, self._index]
         damping = np.where(self._index < self.kkt.n, delta, -delta)
-        return _symmetric_lu((core + sp.dia_array((damping[None], [0]), shape=core.shape)).tocsc(), ordered=ordered)
+        try:
+            return _symmetric_lu((core + sp.dia_array((damping[None], [0]), shape=core.shape)).tocsc(), ordered=ordered)
+        except RuntimeError:
+            return None
 
     @functools.cached_property
     def _nearer(self) -> Any:
-        """The factor with hardly any regularization, for systems whose curvature is lost in the usual one; None if a pivot vanishes."""
-        try:
-            return self._factorize(_LEAST_DELTA, ordered=False)
-        except RuntimeError:
-            return None
+        """The factor with hardly any regularization, for systems whose curvature is lost in the usual one."""
+        return self._factorize(_LEAST_DELTA, ordered=False)
 
     def _known_order(self) -> Array | None:
         """The ordering of a similar active set of the same pattern; what it lacks comes last. Finding one costs as much as a factor."""
@@ -247,7 +248,7 @@ class SparseFactor:
                     break
             if not (residual > _CONVERGED).any():
                 break
-        for column in np.flatnonzero(residual > _CONVERGED):
+        for column in np.flatnonzero(residual > _CONVERGED) if self._lu is not None else ():
             part = best[:, column], gap[:, column], float(residual[column])
             best[:, column], gap[:, column], residual[column] = self._accelerate(target[:, column], begin[column], *part)
         price = gap[: self.kkt.n] / scale[: self.kkt.n]
