@@ -67,7 +67,7 @@ def solve_one(
         found, claim, steps = _clarabel(problem, tolerance, max_iter)
         iterations += steps
         if claim is None:
-            best.correct(found)
+            best.correct(found, patient=tolerance == _TIGHT)
         elif prove and (certified := _verified(problem, found, claim, tol, max_iter)) is not None:
             return certified._replace(iterations=iterations)
     if best.solved or not prove:
@@ -92,8 +92,11 @@ class _Best:
     def result(self, status: Status, iterations: int) -> SparseResult:
         return SparseResult(self.point, status, self.error, iterations, self.factor)
 
-    def correct(self, point: SparsePoint) -> None:
-        """Solve the active set of ``point`` exactly, and those that its violated conditions suggest."""
+    def correct(self, point: SparsePoint, *, patient: bool = False) -> None:
+        """Solve the active set of ``point`` exactly, and those that its violated conditions suggest while they become fewer.
+
+        ``patient`` goes on in any case: where constraints are weakly active, their number may rise before it falls.
+        """
         if not all(np.isfinite(part).all() for part in point):
             return
         guess, changes = self.guess(point), point.x.size + point.z.size
@@ -109,7 +112,7 @@ class _Best:
                 return
             previous, guess = guess, self.guess(point)
             now = sum(int((new != old).sum()) for new, old in zip(guess, previous, strict=True))
-            if not 0 < now < changes:
+            if now == 0 or (now >= changes and not patient):
                 return
             changes = now
 

@@ -338,6 +338,55 @@ def test_a_batched_csr_of_different_patterns_is_refused():
         sparse_matrix(matrix, "G")
 
 
+def difficult(kind, seed, n=40):
+    """A thin problem with one of the difficulties of the Maros–Mészáros set."""
+    draw = torch.Generator().manual_seed(seed)
+
+    def thin(rows):
+        body = torch.randn(rows, n, generator=draw, **FLOAT) * (torch.rand(rows, n, generator=draw) < 3 / n)
+        body[torch.arange(rows), torch.randint(0, n, (rows,), generator=draw)] += 1
+        return body
+
+    def uniform(size):
+        return torch.rand(size, generator=draw, **FLOAT)
+
+    root, G, A, x, q = thin(n), thin(n), thin(n // 4), torch.randn(n, generator=draw, **FLOAT), torch.randn(n, generator=draw, **FLOAT)
+    P, h, lb, ub = root @ root.T, G @ x + uniform(n), x - uniform(n), x + uniform(n)
+    if kind == "scaled":
+        columns, rows = 10 ** (4 * uniform(n) - 2), 10 ** (6 * uniform(n) - 3)
+        P, q, G, h, A = P * columns.outer(columns), q * columns, G * rows.outer(columns), h * rows, A * columns
+        lb, ub = lb / columns, ub / columns
+        x = x / columns
+    if kind == "degenerate":
+        tight = uniform(n) < 0.7
+        h, lb = torch.where(tight, G @ x, h), torch.where(uniform(n) < 0.3, x, lb)
+        q = -(P @ x) - G.T @ (uniform(n) * tight)
+    if kind == "nearly dependent":
+        G = torch.cat([G, G + 1e-7 * thin(n)])
+        h = torch.cat([h, G[n:] @ x + uniform(n)])
+    if kind == "redundant":
+        A, G, h = torch.cat([A, A, 2 * A[:3]]), torch.cat([G, 3 * G]), torch.cat([h, 3 * h])
+    if kind == "flat":
+        P = root[:, : n // 5] @ root[:, : n // 5].T
+    if kind == "large costs":
+        P, q = 1e6 * P, 1e6 * q
+    return {"P": P, "q": q, "G": G, "h": h, "A": A, "b": A @ x, "lb": lb, "ub": ub}
+
+
+@pytest.mark.parametrize("kind", ["scaled", "degenerate", "nearly dependent", "redundant", "flat", "large costs"])
+def test_difficult_problems_reach_the_dense_engines_optimum(kind):
+    for seed in range(4):
+        problem = difficult(kind, seed)
+        q = problem["q"].clone().requires_grad_()
+        found, expected = solve_qp(**(sparsely(problem, "rrr") | {"q": q})), solve_qp(**problem)
+
+        def objective(x, problem=problem):
+            return x @ problem["P"] @ x / 2 + problem["q"] @ x
+
+        torch.testing.assert_close(objective(found.x.detach()), objective(expected.x), rtol=1e-9, atol=1e-9)
+        assert torch.isfinite(torch.autograd.grad(found.x.sum(), q)[0]).all()
+
+
 @pytest.mark.parametrize("sparse", [False, True])
 @pytest.mark.parametrize("name", [name for name in PROBLEMS if not name.endswith(("_M", "20"))])
 def test_maros_meszaros_problems_reach_their_published_values(name, sparse):
