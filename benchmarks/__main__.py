@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 
-from benchmarks import core, qp
+from benchmarks import core, maros_meszaros, qp, sparse_qp
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--short", action="store_true", help="a smoke run")
     short = parser.parse_args().short
     qp.main(short=short)
+    sparse_qp.main(short=short)
+    maros_meszaros.main()
     core.main(short=short)

@@ -30,8 +30,8 @@ if os.environ.get("DIFFLAYERS_SHORT") == "1":
 # A constraint that is just touched
 # ---------------------------------
 # The nearest point to :math:`\theta` that is at most 1. At :math:`\theta = 1` the constraint holds with equality and does not push: it is
-# weakly active. The derivative jumps from 1 to 0, and at the kink itself the layer takes the piece in which the constraint is inactive. With a
-# barrier of weight :math:`\mu` the kink becomes round, and so does the derivative.
+# weakly active. The derivative jumps from 1 to 0, and at the kink itself the layer takes the piece in which the constraint is inactive.
+# With a barrier of weight :math:`\mu` the kink becomes round, and so does the derivative.
 
 theta = torch.linspace(0.5, 1.5, 201).requires_grad_()
 
@@ -76,10 +76,10 @@ for axis, title in ((axes[0, 1], "multipliers of a row that comes 1, 2, 3 times"
 # %%
 # A linear program
 # ----------------
-# The assignment problem: 8 workers, 8 jobs, a cost for each pair, the cheapest assignment as a linear program over doubly stochastic matrices.
-# We look for costs under which a given assignment is the cheapest. The solution is a vertex, which small changes of the costs do not move:
-# the exact gradient is zero, and nothing is learned. A point of the central path moves with every cost. We train on it, and judge by
-# the exact solution.
+# The assignment problem: 8 workers, 8 jobs, a cost for each pair, the cheapest assignment as a linear program over doubly
+# stochastic matrices. We look for costs under which a given assignment is the cheapest. The solution is a vertex, which small changes of
+# the costs do not move: the exact gradient is zero, and nothing is learned. A point of the central path moves with every cost. We train on
+# it, and judge by the exact solution.
 
 SIZE = 8
 rows = torch.cat([torch.kron(torch.eye(SIZE), torch.ones(1, SIZE)), torch.kron(torch.ones(1, SIZE), torch.eye(SIZE))])
