@@ -51,8 +51,8 @@ def scalar_root(equation: Equation, *theta: Tensor) -> Tensor:
         ``(*batch, 1)``.
     """
     problem = _ScalarRoot(equation, theta[0].dim() - 1)
-    start, *theta = visible_to_modes([torch.zeros_like(theta[0]), *theta])
-    return solve_implicitly(problem, start, theta).x
+    start, *parts = visible_to_modes([torch.zeros_like(theta[0]), *theta])
+    return solve_implicitly(problem, start, parts).x
 
 
 class _ScalarRoot(Problem):

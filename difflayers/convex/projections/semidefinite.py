@@ -37,7 +37,7 @@ __all__ = ["projection_psd_cone"]
 
 
 @eager
-def projection_psd_cone(x: Tensor) -> Tensor:
+def projection_psd_cone(x: Tensor, hyperparams: None = None) -> Tensor:
     """The nearest symmetric positive semidefinite matrix, in the Frobenius norm.
 
     One eigendecomposition, in float64; derivatives of any order reuse it. They are exact also where eigenvalues repeat, as long as none
@@ -46,6 +46,7 @@ def projection_psd_cone(x: Tensor) -> Tensor:
 
     Args:
         x: ``(*batch, n, n)``, read as its symmetric part.
+        hyperparams: not used; the place where other projections have their parameters.
 
     Returns:
         ``(*batch, n, n)``. A matrix that is not finite gives NaN.
@@ -120,9 +121,7 @@ class _NegativePart(Problem):
         return Solution(solved, status, rhs.new_zeros(rhs.shape[:-1]), status.clone())
 
     def batched(self, in_dims: tuple[int | None, ...], size: int, randomness: str) -> Problem:
-        if size not in self._batched:
-            self._batched[size] = _NegativePart(self.n, self.batch_ndim + 1)
-        return self._batched[size]
+        return self._batched.setdefault((size,), _NegativePart(self.n, self.batch_ndim + 1))
 
     def _matrix(self, rows: Tensor) -> Tensor:
         return rows.unflatten(-1, (self.n, self.n))
