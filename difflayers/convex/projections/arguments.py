@@ -10,9 +10,10 @@ from torch import Tensor
 
 from ...errors import ShapeError
 from ...implicit.closure import visible_to_modes
-from ...implicit.function import ImplicitFunction, Problem
+from ...implicit.function import ImplicitFunction
 from ...implicit.methods import LinearMethod
 from ...solution import OnFailure, Solution, Status, report_failures
+from .broadcasting import BroadcastingProblem
 
 __all__ = ["Number", "check_parameter", "check_rows", "failures_reported", "negative_radius_reported", "radius"]
 
@@ -108,7 +109,7 @@ def failures_reported(
     if on_failure != "nan":
         # On plain tensors, below all transforms: whether to raise depends on the data.
         operands = visible_to_modes([point.detach(), status, violation.detach().expand(status.shape)])
-        ImplicitFunction.apply(_Report(what, on_failure, core_ndim), point.new_zeros(0), *operands)
+        ImplicitFunction.apply(_Report(what, on_failure, status.dim(), core_ndim), point.new_zeros(0), *operands)
         return point
     failed = (status != Status.SOLVED).reshape(*status.shape, *[1] * core_ndim)
     return torch.where(failed, torch.nan, point)
@@ -130,22 +131,23 @@ def negative_radius_reported(point: Tensor, r: Tensor, given: Number, what: str,
     return failures_reported(point, r < 0, -r, what, on_failure)
 
 
-class _Report(Problem):
+class _Report(BroadcastingProblem):
     """Nothing to solve, only failures to report, for all elements of all vmaps at once."""
 
-    def __init__(self, what: str, on_failure: OnFailure, core_ndim: int) -> None:
-        super().__init__(_nothing, _nothing, LinearMethod(), on_failure=on_failure)
-        self.what, self.core_ndim = what, core_ndim
+    def __init__(self, what: str, on_failure: OnFailure, batch_ndim: int, core_ndim: int) -> None:
+        super().__init__(_nothing, _nothing, LinearMethod(), batch_ndim=batch_ndim, on_failure=on_failure)
+        self.what, self.core_ndims = what, (core_ndim, 0, 0)
 
     def find(self, x0: Tensor, theta: Sequence[Any]) -> Any:
         point, status, violation = theta
-        batch = point.shape[: point.dim() - self.core_ndim]
+        batch = torch.broadcast_shapes(point.shape[: point.dim() - self.core_ndims[0]], status.shape)
+        point = point.expand(*batch, *point.shape[point.dim() - self.core_ndims[0] :])
         status, violation = status.expand(batch), violation.expand(batch)
         report_failures(Solution(point, status, violation, torch.zeros_like(status)), self.what, self.on_failure)
         return (x0.clone(),)
 
-    def batched(self, in_dims: tuple[int | None, ...], size: int, randomness: str) -> Problem:
-        return self
+    def deeper(self) -> _Report:
+        return _Report(self.what, self.on_failure, self.batch_ndim + 1, self.core_ndims[0])
 
 
 def _nothing(*_: Any) -> Any:

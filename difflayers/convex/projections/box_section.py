@@ -61,8 +61,8 @@ def projection_box_section(x: Tensor, hyperparams: tuple[Number, Number, Tensor,
     )
     c = check_parameter(hyperparams[3], "c", x, ()).unsqueeze(-1)
     try:
-        x, lower, upper, w = torch.broadcast_tensors(x, lower, upper, w)
-        torch.broadcast_shapes(x.shape[:-1], c.shape[:-1])
+        x, lower, upper, w, _ = torch.broadcast_tensors(x, lower, upper, w, c)
+        c = c.expand(*x.shape[:-1], 1)
     except RuntimeError as error:
         raise ShapeError("batch dimensions of x, l, u, w and c do not broadcast") from error
     free, at_upper, tau = _active_set(*(part.detach() for part in (x, lower, upper, w, c)))
@@ -98,7 +98,7 @@ def _active_set(x: Tensor, lower: Tensor, upper: Tensor, w: Tensor, c: Tensor) -
         return torch.where(zero, 0, w * clipped).sum(-1, keepdim=True)
 
     # φ is at least c at the first ``reached`` bends, and less at those from ``missed`` on, counted from one.
-    reached = torch.zeros_like(c.expand(*x.shape[:-1], 1), dtype=torch.int64)
+    reached = torch.zeros_like(c, dtype=torch.int64)
     missed = torch.full_like(reached, bends.shape[-1] + 1)
     for _ in range(math.ceil(math.log2(bends.shape[-1] + 1)) + 1):
         middle = (reached + missed) // 2

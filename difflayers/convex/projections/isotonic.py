@@ -20,9 +20,10 @@ from torch import Tensor
 from ...errors import ShapeError
 from ...implicit.closure import visible_to_modes
 from ...implicit.eager import eager
-from ...implicit.function import ImplicitFunction, Problem
+from ...implicit.function import ImplicitFunction
 from ...implicit.methods import LinearMethod
 from .arguments import check_parameter, check_rows
+from .broadcasting import BroadcastingProblem
 
 __all__ = ["projection_isotonic"]
 
@@ -70,8 +71,10 @@ def projection_isotonic(x: Tensor, weights: Tensor | None = None, *, increasing:
     return torch.where(broken, torch.nan, base + mean)
 
 
-class _Pooling(Problem):
+class _Pooling(BroadcastingProblem):
     """The blocks of each row: for each entry the index of the first one of its block."""
+
+    core_ndims = (1, 1)
 
     def __init__(self, batch_ndim: int) -> None:
         super().__init__(_nothing, _nothing, LinearMethod(), batch_ndim=batch_ndim)
@@ -85,8 +88,8 @@ class _Pooling(Problem):
             first[i] = _first_of_block(row, weight)
         return (x0.clone(), first.reshape(x.shape).to(x.device))
 
-    def batched(self, in_dims: tuple[int | None, ...], size: int, randomness: str) -> Problem:
-        return self._batched.setdefault((size,), _Pooling(self.batch_ndim + 1))
+    def deeper(self) -> _Pooling:
+        return _Pooling(self.batch_ndim + 1)
 
 
 def _first_of_block(row: Any, weight: Any) -> Tensor:

@@ -28,10 +28,11 @@ from torch import Tensor
 from ...errors import ShapeError
 from ...implicit.closure import visible_to_modes
 from ...implicit.eager import eager
-from ...implicit.function import Problem, solve_implicitly
+from ...implicit.function import solve_implicitly
 from ...implicit.methods import LinearMethod
 from ...solution import Solution
 from .arguments import check_rows
+from .broadcasting import BroadcastingProblem
 
 __all__ = ["projection_psd_cone"]
 
@@ -72,8 +73,10 @@ def projection_psd_cone(x: Tensor, hyperparams: None = None) -> Tensor:
     return (X + negative).to(x.dtype)
 
 
-class _NegativePart(Problem):
-    """N (*batch, n²) of X (*batch, n, n); batches broadcast by themselves."""
+class _NegativePart(BroadcastingProblem):
+    """N ``(*batch, n²)`` of X ``(*batch, n, n)``."""
+
+    core_ndims = (2,)
 
     def __init__(self, n: int, batch_ndim: int) -> None:
         super().__init__(self._complementarity, _find_nothing, LinearMethod(), batch_ndim=batch_ndim)
@@ -120,8 +123,8 @@ class _NegativePart(Problem):
         status = torch.zeros(rhs.shape[:-1], dtype=torch.int64, device=rhs.device)
         return Solution(solved, status, rhs.new_zeros(rhs.shape[:-1]), status.clone())
 
-    def batched(self, in_dims: tuple[int | None, ...], size: int, randomness: str) -> Problem:
-        return self._batched.setdefault((size,), _NegativePart(self.n, self.batch_ndim + 1))
+    def deeper(self) -> _NegativePart:
+        return _NegativePart(self.n, self.batch_ndim + 1)
 
     def _matrix(self, rows: Tensor) -> Tensor:
         return rows.unflatten(-1, (self.n, self.n))

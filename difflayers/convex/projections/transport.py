@@ -27,10 +27,11 @@ from torch import Tensor
 from ...errors import ShapeError
 from ...implicit.closure import visible_to_modes
 from ...implicit.eager import eager
-from ...implicit.function import ImplicitFunction, Problem
+from ...implicit.function import ImplicitFunction
 from ...implicit.methods import LinearMethod
 from ...solution import OnFailure, Solution, Status, report_failures
 from .arguments import check_parameter, check_rows
+from .broadcasting import BroadcastingProblem
 from .simplex import on_simplex, simplex_support
 
 __all__ = ["projection_birkhoff", "projection_transport"]
@@ -88,13 +89,12 @@ def projection_transport(sim_matrix: Tensor, marginals: tuple[Tensor, Tensor], *
     if flipped:
         S, a, b = S.mT, b, a
     problem = _Dual(len(batch), on_failure, _BALANCED.get(sim_matrix.dtype, 1e-2))
-    start, *theta = visible_to_modes([torch.zeros_like(a), S, a, b])
-    alpha, status = ImplicitFunction.apply(problem, start.detach(), *theta)[:2]
-    S, a, b = theta
-    if on_failure != "raise":
-        # A NaN would come back as 0 · NaN in the gradients.
-        sound = (status != Status.NUMERICAL_ERROR)[..., None]
-        S, b = torch.where(sound.unsqueeze(-1), S, 0), torch.where(sound, b, 1)
+    finite = torch.isfinite(S).all(-1).all(-1) & torch.isfinite(a).all(-1) & torch.isfinite(b).all(-1)
+    # A NaN would come back as 0 · NaN in the gradients.
+    S = torch.where(finite[..., None, None], S, 0)
+    a, b = torch.where(finite[..., None], a, 1), torch.where(finite[..., None], b, 1)
+    start, S, a, b, finite = visible_to_modes([torch.zeros_like(a), S, a, b, finite])
+    alpha, status = ImplicitFunction.apply(problem, start.detach(), S, a, b, finite)[:2]
     plan = _columns(alpha, S, b)
     if on_failure != "raise":
         lost = status != Status.SOLVED if on_failure == "nan" else status == Status.NUMERICAL_ERROR
@@ -136,25 +136,27 @@ def _columns(alpha: Tensor, S: Tensor, b: Tensor) -> Tensor:
     return on_simplex((S + alpha.unsqueeze(-1)).mT, b.unsqueeze(-1)).mT
 
 
-class _Dual(Problem):
-    """F(α; S, a, b) for α ``(*batch, m)``; batches broadcast by themselves."""
+class _Dual(BroadcastingProblem):
+    """F(α; S, a, b) for α ``(*batch, m)``; the last argument says where all of them are finite."""
+
+    core_ndims = (2, 1, 1, 0)
 
     def __init__(self, batch_ndim: int, on_failure: OnFailure, balanced: float) -> None:
         super().__init__(_row_error, _nothing, LinearMethod(), batch_ndim=batch_ndim, on_failure=on_failure)
         self.balanced = balanced
 
     def find(self, x0: Tensor, theta: Sequence[Any]) -> Solution:
-        S, a, b = theta
+        S, a, b, finite = theta
         batch, (m, n) = x0.shape[:-1], S.shape[-2:]
         S = S.expand(*batch, m, n).reshape(-1, m, n)
         a, b = a.expand(*batch, m).reshape(-1, m), b.expand(*batch, n).reshape(-1, n)
-        found = _newton(S, a, b, self.balanced)
+        found = _newton(S, a, b, finite.expand(batch).flatten(), self.balanced)
         found = Solution(*(part.reshape((*batch, *part.shape[1:])) for part in found))
         report_failures(found, "projection_transport", self.on_failure)
         return found
 
     def solve_linear(self, point: Sequence[Any], rhs: Tensor, transpose: bool, columns: bool) -> Solution:
-        alpha, S, _, b = point
+        alpha, S, _, b, _ = point
         if self._factor is None:
             laplacian = _laplacian(alpha, S, b)
             values, vectors = torch.linalg.eigh(torch.nan_to_num(laplacian))
@@ -165,11 +167,11 @@ class _Dual(Problem):
         status = torch.zeros(rhs.shape[:-1], dtype=torch.int64, device=rhs.device)
         return Solution(solved, status, rhs.new_zeros(rhs.shape[:-1]), status.clone())
 
-    def batched(self, in_dims: tuple[int | None, ...], size: int, randomness: str) -> Problem:
-        return self._batched.setdefault((size,), _Dual(self.batch_ndim + 1, self.on_failure, self.balanced))
+    def deeper(self) -> _Dual:
+        return _Dual(self.batch_ndim + 1, self.on_failure, self.balanced)
 
 
-def _row_error(alpha: Tensor, S: Tensor, a: Tensor, b: Tensor) -> Tensor:
+def _row_error(alpha: Tensor, S: Tensor, a: Tensor, b: Tensor, finite: Tensor) -> Tensor:
     return _columns(alpha, S, b).sum(-1) - a
 
 
@@ -185,13 +187,12 @@ class _State(NamedTuple):
     value: Tensor
 
 
-def _newton(S: Tensor, a: Tensor, b: Tensor, balanced: float) -> Solution:
+def _newton(S: Tensor, a: Tensor, b: Tensor, finite: Tensor, balanced: float) -> Solution:
     """The multipliers of each problem ``(N, m, n)``, by semismooth Newton steps on the dual function with Armijo's rule."""
     mass = torch.maximum(a.abs().sum(-1), b.abs().sum(-1))
-    finite = torch.isfinite(S).all(-1).all(-1) & torch.isfinite(mass)
-    feasible = ((a >= 0).all(-1) & (b >= 0).all(-1) & ((a.sum(-1) - b.sum(-1)).abs() <= balanced * mass)) | ~finite
+    miss = torch.maximum((a.sum(-1) - b.sum(-1)).abs() - balanced * mass, -torch.minimum(a.amin(-1), b.amin(-1)))
+    feasible = (miss <= 0) | ~finite
     usable = finite & feasible
-    S = torch.where(finite[:, None, None], S, 0)
     a, b = (torch.where(usable[:, None], part, 0) for part in (a, b))
     # Equal sums to the last digit: what they differ by is rounding, and no plan meets both.
     a = a * torch.where(a.sum(-1) > 0, b.sum(-1) / torch.where(a.sum(-1) > 0, a.sum(-1), 1), 1)[:, None]
@@ -251,7 +252,7 @@ def _newton(S: Tensor, a: Tensor, b: Tensor, balanced: float) -> Solution:
     status = torch.where((residual <= _MET) & (scale == 1), int(Status.SOLVED), int(Status.MAX_ITER))
     status = torch.where(finite, status, int(Status.NUMERICAL_ERROR))
     status = torch.where(feasible, status, int(Status.PRIMAL_INFEASIBLE))
-    return Solution(now.alpha, status, torch.where(feasible, residual, (a.sum(-1) - b.sum(-1)).abs()), iterations)
+    return Solution(now.alpha, status, torch.where(feasible, residual, miss), iterations)
 
 
 def _chosen(where: Tensor, new: _State, old: _State) -> _State:
