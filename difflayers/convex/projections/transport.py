@@ -88,13 +88,19 @@ def projection_transport(sim_matrix: Tensor, marginals: tuple[Tensor, Tensor], *
     flipped = m > n
     if flipped:
         S, a, b = S.mT, b, a
-    problem = _Dual(len(batch), on_failure, _BALANCED.get(sim_matrix.dtype, 1e-2))
+    balanced = _BALANCED.get(sim_matrix.dtype, 1e-2)
     finite = torch.isfinite(S).all(-1).all(-1) & torch.isfinite(a).all(-1) & torch.isfinite(b).all(-1)
     # A NaN would come back as 0 · NaN in the gradients.
     S = torch.where(finite[..., None, None], S, 0)
     a, b = torch.where(finite[..., None], a, 1), torch.where(finite[..., None], b, 1)
     start, S, a, b, finite = visible_to_modes([torch.zeros_like(a), S, a, b, finite])
-    alpha, status = ImplicitFunction.apply(problem, start.detach(), S, a, b, finite)[:2]
+    start = start.detach()
+    anchor = ImplicitFunction.apply(_Dual(len(batch), "nan", balanced), start, S.detach(), a.detach(), b.detach(), finite)[0].detach()
+    # A constant added to a row or a column changes nothing. With those of the solution the numbers that make up the plan are as small as
+    # the plan, however large S is, and a second solve meets the marginals to rounding.
+    S = S + anchor.unsqueeze(-1)
+    S = S - S.detach().amax(-2, keepdim=True)
+    alpha, status = ImplicitFunction.apply(_Dual(len(batch), on_failure, balanced), start, S, a, b, finite)[:2]
     plan = _columns(alpha, S, b)
     if on_failure != "raise":
         lost = status != Status.SOLVED if on_failure == "nan" else status == Status.NUMERICAL_ERROR
@@ -209,7 +215,13 @@ def _newton(S: Tensor, a: Tensor, b: Tensor, finite: Tensor, balanced: float) ->
         value = ((matrix + alpha.unsqueeze(-1)) * plan - plan * plan / 2).sum((-1, -2)) - (alpha * a).sum(-1)
         return _State(alpha, plan.sum(-1) - a, value)
 
-    now = state((a - scale[:, None] * S.sum(-1)) / S.shape[-1])
+    small, scale = scale, torch.ones_like(scale)
+    now = state(torch.zeros_like(a))
+    solved = now.error.abs().sum(-1) <= _NEAR * mass
+    scale = torch.where(solved, 1, small)
+    now = state(torch.where(solved[:, None], 0, (a - scale[:, None] * S.sum(-1)) / S.shape[-1]))
+    # What the sums lose to the size of S, whatever α is.
+    noise = torch.finfo(S.dtype).eps * (64 * S.shape[-1] + 16 * S.shape[-2] * S.abs().flatten(1).amax(-1) / mass)
     iterations = torch.zeros(len(S), dtype=torch.int64, device=S.device)
     settled = torch.zeros_like(usable)
     eye = torch.eye(S.shape[-2], dtype=S.dtype, device=S.device)
@@ -246,7 +258,7 @@ def _newton(S: Tensor, a: Tensor, b: Tensor, finite: Tensor, balanced: float) ->
         iterations = iterations + running
         # Rounding alone is left where the marginals are met and a step does not gain.
         gained = taken.error.abs().sum(-1) <= 0.5 * now.error.abs().sum(-1)
-        settled = settled | (running & ~gained & (residual <= _MET) & (scale == 1))
+        settled = settled | (running & ~gained & (residual <= noise.clamp(min=_MET)) & (scale == 1))
         now = _chosen(running & ~settled, taken, now)
     residual = now.error.abs().sum(-1) / mass
     status = torch.where((residual <= _MET) & (scale == 1), int(Status.SOLVED), int(Status.MAX_ITER))
