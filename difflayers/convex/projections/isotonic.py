@@ -11,6 +11,7 @@ Djolonga and Krause, Differentiable learning of submodular models, NeurIPS 2017.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -81,8 +82,8 @@ class _Pooling(BroadcastingProblem):
 
     def find(self, x0: Tensor, theta: Sequence[Any]) -> Any:
         x, w = torch.broadcast_tensors(*theta)
-        rows = x.reshape(-1, x.shape[-1]).to("cpu", torch.float64).numpy()
-        weights = w.reshape(-1, x.shape[-1]).to("cpu", torch.float64).numpy()
+        shape = (math.prod(x.shape[:-1]), x.shape[-1])
+        rows, weights = (part.reshape(shape).to("cpu", torch.float64).numpy() for part in (x, w))
         first = torch.empty(rows.shape, dtype=torch.int64)
         for i, (row, weight) in enumerate(zip(rows, weights, strict=True)):
             first[i] = _first_of_block(row, weight)
