@@ -84,7 +84,7 @@ def _bracketed_newton(equation: Equation, theta: list[Tensor]) -> tuple[Tensor, 
     """The roots ``(N,)`` and the steps that each took."""
     lower, upper = equation.bracket(*theta)
     eps = torch.finfo(lower.dtype).eps
-    u = torch.where((lower < 0) & (upper > 0), 0, lower / 2 + upper / 2)
+    u = torch.where((lower < 0) & (upper > 0), 0, _between(lower, upper))
     last = before_last = upper - lower
     roots, steps = u.clone(), torch.zeros(u.shape, dtype=torch.int64, device=u.device)
     rows = torch.arange(len(u), device=u.device)
@@ -94,7 +94,7 @@ def _bracketed_newton(equation: Equation, theta: list[Tensor]) -> tuple[Tensor, 
         lower, upper = torch.where(value <= 0, u, lower), torch.where(value >= 0, u, upper)
         newton = u - value / slope
         good = (newton >= lower) & (newton <= upper) & ((newton - u).abs() <= before_last.abs() / 2)
-        proposed = torch.where(good, newton, lower / 2 + upper / 2)
+        proposed = torch.where(good, newton, _between(lower, upper))
         # At the rounding level of the equation the step is noise, and worth taking only if it is Newton's.
         ended = value.abs() <= eps * size
         proposed = torch.where(ended & ~good, u, proposed)
@@ -106,6 +106,11 @@ def _bracketed_newton(equation: Equation, theta: list[Tensor]) -> tuple[Tensor, 
             break
         rows, u, lower, upper, last, before_last, *theta = (part[running] for part in (rows, u, lower, upper, last, before_last, *theta))
     return roots, steps
+
+
+def _between(lower: Tensor, upper: Tensor) -> Tensor:
+    """The middle of a bracket that may be hundreds wide for a root near zero: half-way in asinh, which is the logarithm of what is large."""
+    return torch.maximum(lower, torch.minimum(torch.sinh((torch.asinh(lower) + torch.asinh(upper)) / 2), upper))
 
 
 def _find_nothing(*_: Any) -> Any:
