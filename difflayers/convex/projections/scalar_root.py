@@ -109,7 +109,7 @@ def _bracketed_newton(equation: Equation, theta: list[Tensor]) -> tuple[Tensor, 
 
 
 def _between(lower: Tensor, upper: Tensor) -> Tensor:
-    """The middle of a bracket that may be hundreds wide for a root near zero: half-way in asinh, which is the logarithm of what is large."""
+    """The middle of a bracket that may be hundreds wide around a root near zero: half-way in asinh, the logarithm of what is large."""
     return torch.maximum(lower, torch.minimum(torch.sinh((torch.asinh(lower) + torch.asinh(upper)) / 2), upper))
 
 
