@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from benchmarks import core, qp
+from benchmarks import core, projections, qp
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
@@ -12,3 +12,4 @@ if __name__ == "__main__":
     short = parser.parse_args().short
     qp.main(short=short)
     core.main(short=short)
+    projections.main(short=short)

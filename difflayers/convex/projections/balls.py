@@ -74,7 +74,7 @@ def projection_box(x: Tensor, hyperparams: tuple[Number, Number], *, on_failure:
         check_parameter(side, name, x, (x.shape[-1],) if isinstance(side, Tensor) else ())
         for side, name in zip(hyperparams, ("lower", "upper"), strict=True)
     )
-    point = torch.where(x < lower, lower, torch.where(x > upper, upper, x))
+    point = _clipped(x, lower, upper)
     excess = (lower - upper).detach().broadcast_to(point.shape) if x.shape[-1] else point.new_zeros(*point.shape[:-1], 1)
     return failures_reported(point, (excess > 0).any(-1), excess.amax(-1), "projection_box", on_failure)
 
@@ -101,8 +101,7 @@ def projection_linf_ball(x: Tensor, max_value: Number = 1.0, *, on_failure: OnFa
     """
     check_rows(x, "x")
     r = radius(max_value, "max_value", x)
-    point = torch.where(x < -r, -r, torch.where(x > r, r, x))
-    return negative_radius_reported(point, r, max_value, "projection_linf_ball", on_failure)
+    return negative_radius_reported(_clipped(x, -r, r), r, max_value, "projection_linf_ball", on_failure)
 
 
 def projection_l2_ball(x: Tensor, max_value: Number = 1.0, *, on_failure: OnFailure = "raise") -> Tensor:
@@ -211,6 +210,12 @@ def projection_halfspace(x: Tensor, hyperparams: tuple[Tensor, Number], *, on_fa
     a, gap = _normal_and_gap(x, hyperparams)
     point, empty = _moved(x, a, torch.where(gap <= 0, 0, gap), gap > 0)
     return failures_reported(point, empty, gap.squeeze(-1), "projection_halfspace", on_failure)
+
+
+def _clipped(x: Tensor, lower: Tensor, upper: Tensor) -> Tensor:
+    # A comparison with NaN is false, and would let x pass.
+    broken = torch.isnan(lower) | torch.isnan(upper)
+    return torch.where(broken, torch.nan, torch.where(x < lower, lower, torch.where(x > upper, upper, x)))
 
 
 def _direction(x: Tensor) -> Tensor:

@@ -77,8 +77,9 @@ def projection_box_section(x: Tensor, hyperparams: tuple[Number, Number, Tensor,
     point = torch.where(free, near - step * moving, fixed)
     # Where rounding has carried a free entry over its bound, it is at the bound.
     point = torch.where(point < lower, lower, torch.where(point > upper, upper, point))
-    broken = torch.isnan(x + w + lower + upper).any(-1, keepdim=True) & ~torch.isnan(lower + upper).any(-1, keepdim=True)
-    point = torch.where(broken | torch.isnan(c), torch.nan, point)
+    # Comparisons with NaN are false, and would leave it out.
+    broken = torch.isnan(torch.stack([x, lower, upper, w])).any(0).any(-1, keepdim=True) | torch.isnan(c)
+    point = torch.where(broken, torch.nan, point)
     violation = _out_of_reach(*(part.detach() for part in (lower, upper, w, c)))
     return failures_reported(point, violation > 0, violation, "projection_box_section", on_failure)
 

@@ -22,6 +22,21 @@ def test_infinite_bounds_are_none() -> None:
     assert torch.equal(projection_box(x, (-torch.inf, torch.tensor([0.0, torch.inf]))), x)
 
 
+def test_a_broken_parameter_is_no_parameter() -> None:
+    x, nan = rows(3, 2, seed=1), torch.tensor([1.0, torch.nan, 1.0], dtype=torch.float64)
+    a = torch.ones(2, dtype=torch.float64)
+    for p in (
+        projection_box(x, (-nan.unsqueeze(-1).expand(3, 2), 1.0)),
+        projection_linf_ball(x, nan),
+        projection_l2_ball(x, nan),
+        projection_l2_sphere(x, nan),
+        projection_hyperplane(x, (a, nan)),
+        projection_halfspace(x, (a, nan)),
+    ):
+        assert p[1].isnan().all()
+        assert torch.isfinite(p[[0, 2]]).all()
+
+
 def test_a_shared_bound_gets_the_sum() -> None:
     x = torch.tensor([[2.0, 0.0], [3.0, 4.0]])
     upper = torch.ones(2, requires_grad=True)

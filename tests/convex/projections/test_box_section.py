@@ -54,6 +54,18 @@ def test_the_edge_of_reach(c: float) -> None:
     assert torch.isfinite(torch.autograd.grad(p.sum(), x)[0]).all()
 
 
+@pytest.mark.parametrize("which", range(5))
+def test_broken_arguments_stay_alone(which: int) -> None:
+    arguments = [rows(3, 4, seed=8), torch.full((3, 4), -torch.inf), torch.full((3, 4), torch.inf), rows(3, 4, seed=9), torch.ones(3)]
+    arguments = [part.double() for part in arguments]
+    good = projection_box_section(arguments[0], tuple(arguments[1:]))
+    arguments[which] = arguments[which].clone()
+    arguments[which][(1, 2) if which < 4 else 1] = torch.nan
+    p = projection_box_section(arguments[0], tuple(arguments[1:]))
+    assert p[1].isnan().all()
+    assert torch.equal(p[[0, 2]], good[[0, 2]])
+
+
 def test_without_weights_it_is_the_box() -> None:
     x = torch.tensor([-1.0, 0.5, 3.0])
     assert projection_box_section(x, (0.0, 1.0, torch.zeros(3), 0.0)).tolist() == [0.0, 0.5, 1.0]

@@ -50,6 +50,14 @@ def test_masked_logits() -> None:
     torch.testing.assert_close(x.grad, torch.tensor([[0.5, 0.0, -0.5]]))
 
 
+def test_a_broken_radius_stays_alone() -> None:
+    r = torch.tensor([1.0, torch.nan], dtype=torch.float64)
+    for project in (projection_simplex, projection_l1_ball, projection_l1_sphere):
+        p = project(rows(2, 3, seed=5), r)
+        assert p[1].isnan().all()
+        assert torch.isfinite(p[0]).all()
+
+
 def test_ties_share() -> None:
     p = projection_simplex(torch.ones(5, dtype=torch.float64))
     torch.testing.assert_close(p, torch.full((5,), 0.2, dtype=torch.float64))
