@@ -238,7 +238,7 @@ def test_power_cone_in_its_exponent() -> None:
     assert projection_power_cone(v[0], own).shape == (5, 3)
 
 
-@pytest.mark.parametrize("name", ROWS)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] if "power" in name else []) for name in ROWS])
 def test_in_the_residual_of_a_root(name: str) -> None:
     def residual(x: Tensor, theta: Tensor) -> Tensor:
         return x - ROWS[name](theta - 0.5 * x)
