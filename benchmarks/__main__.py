@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from benchmarks import core, maros_meszaros, qp, sparse_qp
+from benchmarks import core, maros_meszaros, projections, qp, sparse_qp
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
@@ -14,3 +14,4 @@ if __name__ == "__main__":
     sparse_qp.main(short=short)
     maros_meszaros.main()
     core.main(short=short)
+    projections.main(short=short)
