@@ -361,7 +361,8 @@ def _two_outer(left: Tensor, right: Tensor, other_left: Tensor, other_right: Ten
     pairs = (torch.stack((left, other_left), axis), torch.stack((right, other_right), axis))
     if like.dim() > 2:
         return pairs[0] @ pairs[1].mT
-    return pairs[0].flatten(0, -2).mT @ pairs[1].flatten(0, -2)
+    count = math.prod(pairs[0].shape[:-1])
+    return pairs[0].reshape(count, left.shape[-1]).mT @ pairs[1].reshape(count, right.shape[-1])
 
 
 def flat_problem(theta: Sequence[Any], sizes: Sizes) -> DenseQP:

@@ -177,6 +177,9 @@ class ImplicitFixedPoint(ImplicitRoot):
     def _wants_map(self) -> bool:
         return self.solver != "newton"
 
+    def _as_map(self, residual: Callable[[Tensor], Tensor], x0: Tensor) -> Callable[[Tensor], Tensor]:
+        return lambda x: x - residual(x)  # the user's map, at its own scale
+
     def _options(self, **changed: Any) -> dict[str, Any]:
         names = ("has_aux", "batch_ndim", "tol", "max_iter", "on_failure")
         return {name: getattr(self, name) for name in names} | changed

@@ -184,10 +184,13 @@ class ImplicitRoot:
         """Whether the solver is written for x = T(x): the roots of F are the fixed points of T(x) = x − F(x)."""
         return self.solver == "broyden"
 
+    def _as_map(self, residual: Callable[[Tensor], Tensor], x0: Tensor) -> Callable[[Tensor], Tensor]:
+        scale = _slope(residual, x0)
+        return lambda x: x - residual(x) / scale
+
     def _find(self, raveler: Raveler, residual: Callable[[Tensor], Tensor], x0: Tensor, batch_ndim: int) -> Solution:
         options = {name: value for name, value in (("tol", self.tol), ("max_iter", self.max_iter)) if value is not None}
-        scale = _slope(residual, x0) if self._wants_map() else 1.0
-        function = (lambda x: x - residual(x) / scale) if self._wants_map() else residual
+        function = self._as_map(residual, x0) if self._wants_map() else residual
         if callable(self.solver) and not self._is_batched:
             found = self.solver(lambda x: raveler.unravel(function(raveler.ravel(x))), raveler.unravel(x0))
         else:
