@@ -1,0 +1,233 @@
+r"""A CVXPY problem with parameters as a layer: a drop-in for ``cvxpylayers.torch.CvxpyLayer``.
+
+The problem is canonicalized once (:mod:`~difflayers.convex.canonicalization`). A call maps the parameters to the data of a conic program,
+solves it and reads the variables off its solution. Programs with linear constraints and a moderate number of unknowns go to
+:func:`~difflayers.convex.solve_qp`, all others to the conic engine (:mod:`~difflayers.convex.cone_program`). Both are differentiated by the core,
+to any order and in both modes; what surrounds them is affine.
+
+Reference: Agrawal, Amos, Barratt, Boyd, Diamond and Kolter, Differentiable convex optimization layers, NeurIPS 2019, arXiv:1910.12430.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import SolveError
+from ..implicit.eager import eager
+from ..solution import OnFailure
+from .canonicalization import AffineMap, Canonical, canonicalize
+from .cone_program import ConeOptions, Structure
+from .cone import solve_rows
+from .cone_solvers import known_solver
+from .qp import solve_qp
+
+__all__ = ["CvxpyLayer", "CvxpySolution"]
+
+# The names of cvxpylayers' backends: what they mean here is "choose".
+_CHOOSE = (None, "DIFFCP", "MOREAU", "CUCLARABEL", "MPAX")
+# Linear constraints with at most this many unknowns and rows are solved by the dense engine.
+_DENSE_LIMIT = 400
+
+
+class CvxpySolution(NamedTuple):
+    """What :meth:`CvxpyLayer.solve` returns.
+
+    Attributes:
+        values: the variables, each ``(*batch, *shape)``; differentiable.
+        status: ``(*batch,)`` codes of :class:`~difflayers.Status`.
+        residual: ``(*batch,)``, the larger of the primal and the dual residual of the canonical program.
+        iterations: ``(*batch,)`` int64.
+    """
+
+    values: tuple[Tensor, ...]
+    status: Tensor
+    residual: Tensor
+    iterations: Tensor
+
+
+class CvxpyLayer(nn.Module):
+    r"""A parametrized CVXPY problem as a layer: tensors for its parameters in, a tuple of its variables out.
+
+    Drop-in for ``cvxpylayers.torch.CvxpyLayer``: the same arguments, call and tuple. What is added: derivatives of any order, in
+    reverse and forward mode, under ``torch.func``; a status for each element of the batch and ``on_failure``; float32 in,
+    float32 out. Parameters that are declared symmetric are read as their symmetric part, and their gradients are symmetric.
+
+    A failure with ``on_failure="raise"`` is the error of :mod:`difflayers.errors` and, where diffcp is installed, also a ``diffcp.SolverError``.
+
+    Args:
+        problem: a ``cvxpy.Problem`` that follows the DPP rules; ``quad_form(x, P)`` with a PSD parameter P may stand in the objective.
+        parameters: its parameters, in the order of the tensors of a call.
+        variables: variables of the problem, or dual variables of its constraints, to be returned.
+        solver: None chooses: the dense QP engine where the constraints are linear and few, Clarabel elsewhere. "CLARABEL" or "SCS"
+            fixes the solver. The backends of cvxpylayers (as "DIFFCP" and "MOREAU") mean None.
+        gp: the problem is a geometric program.
+        verbose: CVXPY and the solver say what they do.
+        canon_backend: CVXPY's canonicalization backend.
+        solver_args: settings of the solver; "eps" and "max_iters" are understood for all. They can be given to a call, too.
+        on_failure: ``"raise"``, ``"nan"`` (failed elements are NaN and have zero gradient) or ``"warn"`` (best iterate).
+
+    Raises:
+        MissingExtraError: cvxpy or cvxpylayers is not installed.
+        ValueError: the problem is not DPP, or parameters and variables do not belong to it.
+
+    Example:
+        >>> import cvxpy as cp
+        >>> import torch
+        >>> from difflayers import CvxpyLayer
+        >>> x, a = cp.Variable(2), cp.Parameter(2)
+        >>> layer = CvxpyLayer(cp.Problem(cp.Minimize(cp.sum_squares(x - a)), [cp.norm(x) <= 1]), [a], [x])
+        >>> point = torch.tensor([3.0, 4.0], requires_grad=True)
+        >>> (nearest,) = layer(point)
+        >>> nearest.detach()
+        tensor([0.6000, 0.8000])
+        >>> torch.autograd.grad(nearest[0], point)[0]
+        tensor([ 0.1280, -0.0960])
+    """
+
+    def __init__(
+        self,
+        problem: Any,
+        parameters: Sequence[Any],
+        variables: Sequence[Any],
+        solver: str | None = None,
+        gp: bool = False,
+        verbose: bool = False,
+        canon_backend: str | None = None,
+        solver_args: dict[str, Any] | None = None,
+        *,
+        on_failure: OnFailure = "raise",
+    ) -> None:
+        super().__init__()
+        if solver not in _CHOOSE:
+            known_solver(solver)
+        self.solver, self.gp, self.verbose = solver, gp, verbose
+        self.solver_args = dict(solver_args or {})
+        self.on_failure: OnFailure = on_failure
+        self.canonical = canonicalize(problem, parameters, variables, gp=gp, verbose=verbose, canon_backend=canon_backend)
+
+    def forward(self, *params: Tensor, solver_args: dict[str, Any] | None = None) -> tuple[Tensor, ...]:
+        """The variables at the solution.
+
+        Args:
+            params: one tensor for each parameter, of its shape or with one batch dimension in front; what has none is shared.
+            solver_args: settings for this call, in addition to those of the layer.
+
+        Returns:
+            One tensor for each variable, with the batch dimension if any parameter has it.
+
+        Raises:
+            ValueError: wrong number or shapes of tensors.
+            InfeasibleError, UnboundedError, NotConvergedError: some elements have no solution (``on_failure="raise"``).
+        """
+        return self.solve(*params, solver_args=solver_args).values
+
+    @eager
+    def solve(self, *params: Tensor, solver_args: dict[str, Any] | None = None, on_failure: OnFailure | None = None) -> CvxpySolution:
+        """As ``forward``, with status, residual and iterations.
+
+        Args:
+            params: as in ``forward``.
+            solver_args: as in ``forward``.
+            on_failure: for this call; None is the layer's.
+        """
+        canonical = self.canonical
+        canonical.context.validate_params(list(params))
+        dtype = functools.reduce(torch.promote_types, (param.dtype for param in params))
+        dtype = dtype if dtype.is_floating_point else torch.get_default_dtype()
+        row = _row(canonical, params)
+        theta = [None if each is None else each.to(row.device)(row) for each in canonical.maps]
+        on_failure = self.on_failure if on_failure is None else on_failure
+        try:
+            x, y, *diagnostics = self._solve(theta, {**self.solver_args, **(solver_args or {})}, dtype, on_failure)
+        except SolveError as error:
+            solution = error.solution
+            if hasattr(solution, "x"):
+                y = solution.y if not hasattr(solution, "z") else torch.cat([solution.y, solution.z], -1)
+                residual = torch.maximum(solution.primal_residual, solution.dual_residual)
+                solution = self._recover(solution.x, y, solution.status, residual, solution.iterations, dtype)
+            raise _also_diffcp(type(error))(str(error), solution=solution, indices=error.indices) from None
+        return self._recover(x, y, *diagnostics, dtype)
+
+    def extra_repr(self) -> str:
+        """The sizes of the canonical program, and the options."""
+        shown = [f"unknowns={self.canonical.A.shape[1]}", f"rows={self.canonical.A.shape[0]}", f"on_failure={self.on_failure!r}"]
+        shown += [f"{name}={value!r}" for name, value in (("solver", self.solver), ("solver_args", self.solver_args)) if value]
+        return ", ".join(shown + (["gp=True"] if self.gp else []))
+
+    def _solve(self, theta: list[Tensor | None], solver_args: dict[str, Any], dtype: torch.dtype, on_failure: OnFailure) -> list[Any]:
+        """x, y, status, residual and iterations."""
+        canonical = self.canonical
+        tol = 1e-8 if dtype == torch.float64 else 1e-6
+        name = {"SCS": "SCS", "CLARABEL": "CLARABEL"}.get(str(self.solver or solver_args.get("solve_method", "")).upper())
+        small = sum(canonical.A.shape) <= _DENSE_LIMIT
+        if name is None and canonical.cones.polyhedral and small:
+            found = self._solve_dense(theta, min(tol, float(solver_args.get("eps", tol))), on_failure)
+            y = torch.cat([found.y, found.z], -1)
+            return [found.x, y, found.status, torch.maximum(found.primal_residual, found.dual_residual), found.iterations]
+        batch = torch.broadcast_shapes(*(part.shape[:-1] for part in theta if part is not None))
+        structure = Structure(tuple(batch), canonical.cones, *(_on(part, theta[1].device) for part in (canonical.P, canonical.A)))
+        if self.verbose:
+            solver_args = {"verbose": True, **solver_args}
+        options = ConeOptions(tol, None, name or "CLARABEL", solver_args, on_failure, False, "CvxpyLayer")
+        needs_duals = any(recovery.dual for recovery in canonical.recoveries)
+        return solve_rows(structure, theta, options, duals=needs_duals)
+
+    def _solve_dense(self, theta: list[Tensor | None], tol: float, on_failure: OnFailure) -> Any:
+        """The program as min ½ xᵀPx + qᵀx with equations first and inequalities behind them."""
+        canonical = self.canonical
+        P, q, A, b = theta
+        zero = canonical.cones.zero
+        matrix = _on(canonical.A, A.device).dense(A)
+        quadratic = None if canonical.P is None else _on(canonical.P, P.device).dense(P)
+        rows = (matrix[..., zero:, :], b[..., zero:]) if canonical.cones.nonneg else (None, None)
+        equations = (matrix[..., :zero, :], b[..., :zero]) if zero else (None, None)
+        return solve_qp(quadratic, q, *rows, *equations, tol=tol, on_failure=on_failure)
+
+    def _recover(
+        self, x: Tensor, y: Tensor | None, status: Tensor, residual: Tensor, iterations: Tensor, dtype: torch.dtype
+    ) -> CvxpySolution:
+        values = []
+        for recovery in self.canonical.recoveries:
+            value = recovery(x, y)
+            # Geometric programs are solved in the logarithms of their variables.
+            values.append((torch.exp(value) if self.gp and not recovery.dual else value).to(dtype))
+        return CvxpySolution(tuple(values), status, residual.to(dtype), iterations)
+
+
+def _row(canonical: Canonical, params: Sequence[Tensor]) -> Tensor:
+    """All the parameters in one row of float64, ``(*batch, columns)``, in the order of the canonical form."""
+    shapes = [tuple(parameter.shape) for parameter in canonical.context.parameters]
+    batch = torch.broadcast_shapes(*(param.shape[: param.dim() - len(shape)] for param, shape in zip(params, shapes, strict=True)))
+    parts = []
+    for i, triangle in canonical.order:
+        param, ndim = params[i].to(torch.float64), len(shapes[i])
+        if canonical.logarithms[i]:
+            param = torch.log(param)
+        if triangle is not None:
+            rows, columns = (index.to(param.device) for index in triangle)
+            entries = ((param + param.mT) / 2)[..., rows, columns]
+        else:
+            lead = param.dim() - ndim
+            # CVXPY flattens by columns.
+            entries = param.permute(*range(lead), *reversed(range(lead, param.dim()))).reshape(*param.shape[:lead], -1)
+        parts.append(entries.expand(*batch, entries.shape[-1]))
+    return torch.cat(parts, -1) if parts else torch.zeros(0, dtype=torch.float64)
+
+
+def _on(pattern: Any, device: torch.device) -> Any:
+    return None if pattern is None else pattern._replace(rows=pattern.rows.to(device), columns=pattern.columns.to(device))
+
+
+@functools.cache
+def _also_diffcp(error: type[SolveError]) -> type[SolveError]:
+    """The same error, which is diffcp's, too: code written for cvxpylayers catches that one."""
+    try:
+        from diffcp import SolverError
+    except ImportError:
+        return error
+    return type(error.__name__, (error, SolverError), {"__module__": error.__module__, "__doc__": error.__doc__})
