@@ -69,7 +69,7 @@ class Canonical(NamedTuple):
     """A problem in canonical form.
 
     Attributes:
-        context: what cvxpylayers knows about it.
+        shapes: those of the parameters.
         cones: where the slack lies.
         P, A: the patterns; P is None where the objective is linear.
         maps: from the parameters to the values of P, q, the values of A, and b.
@@ -78,7 +78,7 @@ class Canonical(NamedTuple):
         recoveries: one for each variable that is asked for.
     """
 
-    context: Any
+    shapes: tuple[tuple[int, ...], ...]
     cones: Cones
     P: Pattern | None
     A: Pattern
@@ -151,8 +151,9 @@ def canonicalize(
         _recovery(how, duals.get(variable.id)) for variable, how in zip(variables, context.var_recover, strict=True)
     )
     logarithms = tuple(context.gp_log_mask or (False,) * len(parameters))
+    shapes = tuple(tuple(parameter.shape) for parameter in parameters)
     return Canonical(
-        context, cones, P, A, (P_map, q_map, A_map, b_map), tuple((i, entries[i]) for i in order), logarithms, recoveries
+        shapes, cones, P, A, (P_map, q_map, A_map, b_map), tuple((i, entries[i]) for i in order), logarithms, recoveries
     )
 
 

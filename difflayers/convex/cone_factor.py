@@ -57,7 +57,7 @@ class ConeFactor:
         kept = int((self.complement > 0).sum(-1).max()) if structure.m else 0
         self.system = _Dense(self, P, kept)
 
-    def solve(self, rhs: Tensor, *, transpose: bool) -> tuple[Tensor, Tensor]:
+    def solve(self, rhs: Tensor, *, transpose: bool, refine: bool = True) -> tuple[Tensor, Tensor]:
         """Solve J u = rhs or Jᵀ u = rhs for rows ``(*columns, batch, n + m)``; also the relative residual of each."""
         n = self.structure.n
         lead = rhs.shape[:-2]
@@ -70,10 +70,10 @@ class ConeFactor:
         if transpose:
             high = torch.where(low, 0, second / safe)
             first = first - self._times(self.spectrum.rotate(high, back=True), transpose=True)
-            x, eta, residual = self.system.solve(first, torch.where(low, second / safe_root, 0), transpose=True)
+            x, eta, residual = self.system.solve(first, torch.where(low, second / safe_root, 0), transpose=True, refine=refine)
             w = high + root * eta
         else:
-            x, nu, residual = self.system.solve(first, root * second, transpose=False)
+            x, nu, residual = self.system.solve(first, root * second, transpose=False, refine=refine)
             w = torch.where(low, nu / safe_root, (second - self.spectrum.rotate(self._times(x))) / safe)
         solved = torch.cat([x, self.spectrum.rotate(w, back=True)], -1)
         return solved.reshape(*lead, *solved.shape[1:]), residual.reshape(*lead, -1)
@@ -82,13 +82,13 @@ class ConeFactor:
         """The same for the Jacobian at another point, of which only the spectrum is known: iterative refinement with this factor."""
         scale = rhs.norm(dim=-1, keepdim=True)
         scale = torch.where(scale > 0, scale, 1.0)
-        solved, _ = self.solve(rhs, transpose=transpose)
+        solved, _ = self.solve(rhs, transpose=transpose, refine=False)
         for _ in range(_REFINEMENTS):
             residual = rhs - self._jacobian(nearby, solved, transpose=transpose)
             measure = residual.norm(dim=-1, keepdim=True) / scale
             if bool((measure <= _NEARLY_ENOUGH).all()):
                 break
-            step, _ = self.solve(residual, transpose=transpose)
+            step, _ = self.solve(residual, transpose=transpose, refine=False)
             solved = torch.where(measure <= _NEARLY_ENOUGH, solved, solved + step)
         return solved, measure.squeeze(-1)
 
@@ -132,14 +132,16 @@ class _Dense:
         shifted = system + shift * torch.eye(n + kept, dtype=system.dtype, device=system.device)
         self.lu, self.pivots, _ = torch.linalg.lu_factor_ex(shifted)
 
-    def solve(self, first: Tensor, second: Tensor, *, transpose: bool) -> tuple[Tensor, Tensor, Tensor]:
+    def solve(self, first: Tensor, second: Tensor, *, transpose: bool, refine: bool) -> tuple[Tensor, Tensor, Tensor]:
         chosen = self.chosen.expand(len(second), *self.chosen.shape)
         # One system has many right-hand sides: they are the columns of one solve.
         rhs = torch.cat([first, second.gather(-1, chosen)], -1).permute(1, 2, 0)
         system = self.system.mT if transpose else self.system
-        solved, residual = _proximal_point(
-            lambda z: system @ z, lambda r: torch.linalg.lu_solve(self.lu, self.pivots, r, adjoint=transpose), rhs
-        )
+
+        def invert(r: Tensor) -> Tensor:
+            return torch.linalg.lu_solve(self.lu, self.pivots, r, adjoint=transpose)
+
+        solved, residual = _proximal_point(lambda z: system @ z, invert, rhs) if refine else (invert(rhs), rhs.new_zeros(rhs[:, 0].shape))
         solved = solved.permute(2, 0, 1)
         unknowns = torch.zeros_like(second).scatter(-1, chosen, solved[..., self.n :])
         return solved[..., : self.n], unknowns, residual.T

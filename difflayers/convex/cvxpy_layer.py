@@ -17,10 +17,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..errors import SolveError
+from ..errors import ShapeError, SolveError
 from ..implicit.eager import eager
 from ..solution import OnFailure
-from .canonicalization import AffineMap, Canonical, canonicalize
+from .canonicalization import Canonical, canonicalize
 from .cone_program import ConeOptions, Structure
 from .cone import solve_rows
 from .cone_solvers import known_solver
@@ -136,10 +136,10 @@ class CvxpyLayer(nn.Module):
             on_failure: for this call; None is the layer's.
         """
         canonical = self.canonical
-        canonical.context.validate_params(list(params))
+        batch = _check(params, canonical.shapes)
         dtype = functools.reduce(torch.promote_types, (param.dtype for param in params))
         dtype = dtype if dtype.is_floating_point else torch.get_default_dtype()
-        row = _row(canonical, params)
+        row = _row(canonical, params, batch)
         theta = [None if each is None else each.to(row.device)(row) for each in canonical.maps]
         on_failure = self.on_failure if on_failure is None else on_failure
         try:
@@ -199,13 +199,31 @@ class CvxpyLayer(nn.Module):
         return CvxpySolution(tuple(values), status, residual.to(dtype), iterations)
 
 
-def _row(canonical: Canonical, params: Sequence[Tensor]) -> Tensor:
+def _check(params: Sequence[Tensor], shapes: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
+    """The batch dimensions of the parameters: none or one."""
+    if len(params) != len(shapes):
+        raise ValueError(f"A tensor must be provided for each CVXPY parameter; received {len(params)} tensors, expected {len(shapes)}")
+    batches = []
+    for i, (param, shape) in enumerate(zip(params, shapes, strict=True)):
+        came, extra = tuple(param.shape), len(param.shape) - len(shape)
+        if extra not in (0, 1):
+            raise ShapeError(
+                f"Invalid parameter dimensionality for parameter {i}: expected {len(shape)} dimensions, or one more for a batch, got {came}"
+            )
+        if came[extra:] != shape:
+            raise ShapeError(f"Invalid parameter shape for parameter {i}: expected {shape}, or (batch, *shape), got {came}")
+        batches.append(came[:extra])
+    sizes = {batch for batch in batches if batch}
+    if len(sizes) > 1:
+        raise ShapeError(f"Inconsistent batch sizes: the parameters have {[batch[0] if batch else None for batch in batches]}")
+    return sizes.pop() if sizes else ()
+
+
+def _row(canonical: Canonical, params: Sequence[Tensor], batch: tuple[int, ...]) -> Tensor:
     """All the parameters in one row of float64, ``(*batch, columns)``, in the order of the canonical form."""
-    shapes = [tuple(parameter.shape) for parameter in canonical.context.parameters]
-    batch = torch.broadcast_shapes(*(param.shape[: param.dim() - len(shape)] for param, shape in zip(params, shapes, strict=True)))
     parts = []
     for i, triangle in canonical.order:
-        param, ndim = params[i].to(torch.float64), len(shapes[i])
+        param, ndim = params[i].to(torch.float64), len(canonical.shapes[i])
         if canonical.logarithms[i]:
             param = torch.log(param)
         if triangle is not None:
