@@ -70,7 +70,7 @@ def _members(name: str) -> Tensor:
     """Unit vectors of the cone, its edges and boundary among them."""
     points = wide_rows(400, 3, seed=99)
     members = ROWS[name](points)
-    members = members[members.abs().amax(-1) > 1e-6 * points.abs().amax(-1)]
+    members = members[members.abs().amax(-1) > 0.1 * points.abs().amax(-1)]
     return members / torch.linalg.vector_norm(members, dim=-1, keepdim=True)
 
 
