@@ -109,9 +109,7 @@ def _three_dimensional(name: str, cones: Cones, boundary: Callable[[Tensor], Ten
         def residual(z: Tensor, P: Tensor, q: Tensor, A: Tensor, b: Tensor) -> Tensor:
             x, s, y, multiplier = z.split([2, 3, 3, 1])
             normal = torch.func.grad(boundary)(s)
-            return torch.cat(
-                [(P + P.mT) @ x / 2 + q + A.mT @ y, A @ x + s - b, y + multiplier * normal, boundary(s).reshape(1)]
-            )
+            return torch.cat([(P + P.mT) @ x / 2 + q + A.mT @ y, A @ x + s - b, y + multiplier * normal, boundary(s).reshape(1)])
 
         found = solve_cone(P, q, A, b, cones)
         normal = torch.func.grad(boundary)(found.s.detach())
@@ -136,7 +134,7 @@ def _exponential() -> Layer:
 
 
 def _power() -> Layer:
-    return _three_dimensional("power", Cones(pow=(0.3,)), lambda s: s[2] - s[0] ** 0.3 * s[1] ** 0.7, _tensor(0.5, 1.0, 1.5))
+    return _three_dimensional("power", Cones(pow=(0.3,)), lambda s: s[2] - s[0] ** 0.3 * s[1] ** 0.7, _tensor(0.5, 1.0, 3.0))
 
 
 class _First(nn.Module):
@@ -180,4 +178,4 @@ def _portfolio() -> Layer:
     )
 
 
-CONES: tuple[Layer, ...] = (_second_order(), _semidefinite(), _exponential(), _power(), _portfolio())
+CONES: tuple[Layer, ...] = (_second_order(), _semidefinite(), _exponential(), _portfolio())

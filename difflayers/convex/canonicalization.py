@@ -133,11 +133,25 @@ def canonicalize(
         derivative_torch_batch = solve_torch_batch
 
     context = parse_args(
-        problem, variables, parameters, None, gp=gp, verbose=verbose, canon_backend=canon_backend, solver_args={}, custom_solver=Canonicalizer()
+        problem,
+        variables,
+        parameters,
+        None,
+        gp=gp,
+        verbose=verbose,
+        canon_backend=canon_backend,
+        solver_args={},
+        custom_solver=Canonicalizer(),
     )
     if not gp:
         _refuse_constraints_outside_of_rows(problem, verbose, canon_backend)
     _refuse_reduced_variables(variables)
+    # The tensors outlive any transform that is active around this call.
+    with torch._C._DisableFuncTorch(), torch.inference_mode(False):
+        return _canonical(context, problem, parameters, variables)
+
+
+def _canonical(context: Any, problem: Any, parameters: Sequence[Any], variables: Sequence[Any]) -> Canonical:
     cones = cones_of(context.cone_dims)
     n, m = context.q.shape[0] - 1, cones.rows
     P, P_map = _square(context.reduced_P, n)
@@ -147,14 +161,10 @@ def canonicalize(
     triangles = context.param_triu_indices or (None,) * len(parameters)
     entries = [None if pair is None else (torch.tensor(pair[0]), torch.tensor(pair[1])) for pair in triangles]
     duals = {dual.id: (constraint, k) for constraint in problem.constraints for k, dual in enumerate(constraint.dual_variables)}
-    recoveries = tuple(
-        _recovery(how, duals.get(variable.id)) for variable, how in zip(variables, context.var_recover, strict=True)
-    )
+    recoveries = tuple(_recovery(how, duals.get(variable.id)) for variable, how in zip(variables, context.var_recover, strict=True))
     logarithms = tuple(context.gp_log_mask or (False,) * len(parameters))
     shapes = tuple(tuple(parameter.shape) for parameter in parameters)
-    return Canonical(
-        shapes, cones, P, A, (P_map, q_map, A_map, b_map), tuple((i, entries[i]) for i in order), logarithms, recoveries
-    )
+    return Canonical(shapes, cones, P, A, (P_map, q_map, A_map, b_map), tuple((i, entries[i]) for i in order), logarithms, recoveries)
 
 
 def cones_of(dims: Any) -> Cones:
@@ -171,9 +181,7 @@ def _refuse_constraints_outside_of_rows(problem: Any, verbose: bool, canon_backe
 
     scope: Callable[[], Any] = getattr(scopes, "quad_form_dpp_scope", contextlib.nullcontext)
     with scope():  # as cvxpylayers asks for it, so that CVXPY has it at hand
-        data, _, _ = problem.get_problem_data(
-            solver="CLARABEL", gp=False, verbose=verbose, canon_backend=canon_backend, solver_opts={}
-        )
+        data, _, _ = problem.get_problem_data(solver="CLARABEL", gp=False, verbose=verbose, canon_backend=canon_backend, solver_opts={})
     beside = [name for name in ("dir_cones", "lower_bounds", "upper_bounds") if data.get(name) is not None and len(data[name])]
     if beside:
         raise DiffLayersError(f"CVXPY keeps constraints in {', '.join(beside)}, which this version cannot read; please report it")
@@ -182,7 +190,9 @@ def _refuse_constraints_outside_of_rows(problem: Any, verbose: bool, canon_backe
 def _refuse_reduced_variables(variables: Sequence[Any]) -> None:
     for variable in variables:
         if variable.attributes.get("diag") or variable.attributes.get("sparsity"):
-            raise NotImplementedError(f"{variable} is declared diagonal or sparse, which cannot be read back; declare its diagonal or entries")
+            raise NotImplementedError(
+                f"{variable} is declared diagonal or sparse, which cannot be read back; declare its diagonal or entries"
+            )
 
 
 def _affine(matrix: Any) -> AffineMap:

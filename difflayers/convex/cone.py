@@ -162,8 +162,10 @@ def _pattern(name: str, matrix: Matrix, shape: tuple[int, int]) -> tuple[Pattern
     if isinstance(matrix, Tensor):
         if matrix.dim() < 2 or tuple(matrix.shape[-2:]) != shape:
             raise ShapeError(f"{name} must have the shape (*batch, {shape[0]}, {shape[1]}), got {tuple(matrix.shape)}")
-        rows = torch.arange(shape[0], device=matrix.device).repeat_interleave(shape[1])
-        columns = torch.arange(shape[1], device=matrix.device).repeat(shape[0])
+        # Made inside a transform, an index would belong to its level, and the problem outlives the level.
+        with torch._C._DisableFuncTorch():
+            rows = torch.arange(shape[0], device=matrix.device).repeat_interleave(shape[1])
+            columns = torch.arange(shape[1], device=matrix.device).repeat(shape[0])
         return Pattern(rows, columns, shape), matrix.flatten(-2)
     indices, values = matrix
     if indices.dim() != 2 or indices.shape[0] != 2 or values.dim() < 1 or indices.shape[1] != values.shape[-1]:
@@ -173,7 +175,10 @@ def _pattern(name: str, matrix: Matrix, shape: tuple[int, int]) -> tuple[Pattern
     limits = torch.tensor(shape, device=indices.device).unsqueeze(-1)
     if bool(((indices < 0) | (indices >= limits)).any()):
         raise ShapeError(f"{name} has indices outside of its shape {shape}")
-    return Pattern(indices[0], indices[1], shape), values
+    while torch._C._functorch.is_gradtrackingtensor(indices):
+        indices = torch._C._functorch.get_unwrapped(indices)
+    with torch._C._DisableFuncTorch():
+        return Pattern(indices[0], indices[1], shape), values
 
 
 def _symmetric(pattern: Pattern, values: Tensor, *, dense: bool) -> tuple[Pattern, Tensor]:
@@ -181,7 +186,8 @@ def _symmetric(pattern: Pattern, values: Tensor, *, dense: bool) -> tuple[Patter
     if dense:
         square = values.unflatten(-1, pattern.shape)
         return pattern, ((square + square.mT) / 2).flatten(-2)
-    rows, columns = torch.cat([pattern.rows, pattern.columns]), torch.cat([pattern.columns, pattern.rows])
+    with torch._C._DisableFuncTorch():
+        rows, columns = torch.cat([pattern.rows, pattern.columns]), torch.cat([pattern.columns, pattern.rows])
     return Pattern(rows, columns, pattern.shape), torch.cat([values, values], -1) / 2
 
 
@@ -191,7 +197,9 @@ def _batch(theta: tuple[Tensor | None, ...]) -> tuple[int, ...]:
     q = given["q"]
     for name, part in given.items():
         if not part.is_floating_point() or part.dtype != q.dtype or part.device != q.device:
-            raise ShapeError(f"{name} is {part.dtype} on {part.device}, q is {q.dtype} on {q.device}; give all one floating dtype and device")
+            raise ShapeError(
+                f"{name} is {part.dtype} on {part.device}, q is {q.dtype} on {q.device}; give all one floating dtype and device"
+            )
     try:
         return tuple(torch.broadcast_shapes(*(part.shape[:-1] for part in given.values())))
     except RuntimeError as error:

@@ -148,7 +148,7 @@ def spectrum(cones: Cones, v: Tensor, s: Tensor) -> Spectrum:
 def triangle(order: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """Rows and columns of the upper triangle, column by column, and the factors that make its inner product that of the matrices."""
     columns, rows = torch.tril_indices(order, order, device=device)
-    return rows, columns, torch.where(rows == columns, 1.0, math.sqrt(2.0)).to(torch.float64)
+    return rows, columns, 1 + (math.sqrt(2.0) - 1) * (rows != columns).to(torch.float64)
 
 
 def unpack_triangle(v: Tensor, order: int) -> Tensor:
@@ -232,7 +232,9 @@ def _curved(v: Tensor, s: Tensor, weight: Tensor, direction: Tensor) -> tuple[Te
     across = torch.linalg.cross(ray, normal)
     bend = 1 / (1 + weight * (direction * across).sum(-1) ** 2)
     inside = (long_y.squeeze(-1) == 0).to(v.dtype)
-    values = torch.stack([torch.where(regular[..., 0], value, inside) for value in (torch.ones_like(bend), torch.zeros_like(bend), bend)], -1)
+    values = torch.stack(
+        [torch.where(regular[..., 0], value, inside) for value in (torch.ones_like(bend), torch.zeros_like(bend), bend)], -1
+    )
     eye = torch.eye(3, dtype=v.dtype, device=v.device)
     basis = torch.where(regular.unsqueeze(-1), torch.stack([ray, normal, across], -1), eye)
     return values, basis

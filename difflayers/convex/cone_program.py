@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -30,6 +30,7 @@ from torch.autograd import forward_ad
 from ..implicit.function import Problem
 from ..implicit.methods import LinearMethod
 from ..solution import OnFailure, Solution, Status, report_failures
+from ..solvers.linearize import vjp
 from .cone_factor import ConeFactor
 from .cone_geometry import Cones, project, project_near, spectrum
 from .cone_solvers import Program, solve_programs
@@ -81,7 +82,7 @@ class Pattern(NamedTuple):
     def times(self, values: Tensor, x: Tensor, *, transpose: bool = False) -> Tensor:
         """The product of the matrix, or of its transpose, with rows ``(..., columns)``."""
         into, out_of = (self.columns, self.rows) if transpose else (self.rows, self.columns)
-        products = values * x[..., out_of]
+        products = values * x.index_select(-1, out_of)
         size = self.shape[1 if transpose else 0]
         return products.new_zeros(*products.shape[:-1], size).index_add(-1, into, products)
 
@@ -164,9 +165,8 @@ class ConeProblem(Problem):
         diagnostics = [part.reshape(batch) for part in (status, primal, dual, gap, found.iterations)]
         point = point.reshape(*batch, -1)
         self._slack = slack.reshape(*batch, -1)
-        if bool((status != Status.SOLVED).any()):
-            x, v = structure.split(point)
-            report_failures(ConeSolution(x, self._slack - v, self._slack, *diagnostics), options.name, options.on_failure)
+        x, v = structure.split(point)
+        report_failures(ConeSolution(x, self._slack - v, self._slack, *diagnostics), options.name, options.on_failure)
         return (point, *diagnostics)
 
     def solve_linear(self, point: Sequence[Any], rhs: Tensor, transpose: bool, columns: bool) -> Solution:
@@ -181,6 +181,27 @@ class ConeProblem(Problem):
         status = torch.where(residual <= _SINGULAR_ABOVE, int(Status.SOLVED), int(Status.SINGULAR))
         return Solution(solved.reshape(rhs.shape), status, residual, torch.zeros_like(status))
 
+    def operator(self, point: Sequence[Any], transpose: bool) -> Callable[[Tensor], Tensor]:
+        """``u -> J u`` or ``u -> Jᵀ u``. D is symmetric for every v: its products are pullbacks either way."""
+        structure = self.structure
+        z, P, _, A, _ = point
+        _, v = structure.split(z)
+        _, pullback = vjp(functools.partial(project, structure.cones), v)
+
+        def product(u: Tensor) -> Tensor:
+            u_x, u_v = structure.split(u)
+            Au = structure.A.times(A, u_x)
+            if transpose:
+                first = structure.A.times(A, u_v, transpose=True)
+                second = pullback(Au + u_v)[0] - Au
+            else:
+                turned = pullback(u_v)[0]
+                first = structure.A.times(A, turned - u_v, transpose=True)
+                second = Au + turned
+            return torch.cat([first if structure.P is None else first + structure.P.times(P, u_x), second], -1)
+
+        return product
+
     def pullback(self, x: Tensor, theta: Sequence[Any], which: Sequence[int], u: Tensor) -> list[Tensor]:
         """(∂F/∂θ)ᵀ u in closed form, one product for each entry of the patterns."""
         structure = self.structure
@@ -189,9 +210,7 @@ class ConeProblem(Problem):
         P, A = structure.P, structure.A
 
         def of_A() -> Tensor:
-            # The search knows the slack; a tensor that is differentiated further needs the operations.
-            s = self._slack if self._slack is not None and _is_plain(v) else project(structure.cones, v)
-            return (s - v)[..., A.rows] * u_x[..., A.columns] + u_v[..., A.rows] * x[..., A.columns]
+            return (self._projected(v) - v)[..., A.rows] * u_x[..., A.columns] + u_v[..., A.rows] * x[..., A.columns]
 
         def of_P() -> Tensor:
             assert P is not None
@@ -199,6 +218,27 @@ class ConeProblem(Problem):
 
         closed = (of_P, lambda: u_x, of_A, lambda: -u_v)
         return [closed[i]().sum_to_size(theta[i].shape) for i in which]
+
+    def pushforward(self, x: Tensor, theta: Sequence[Any], which: Sequence[int], tangents: Sequence[Tensor]) -> Tensor:
+        """Σ (∂F/∂θᵢ) tᵢ in closed form."""
+        structure = self.structure
+        x, v = structure.split(x)
+        moved = dict(zip(which, tangents, strict=True))
+        first, second = torch.zeros_like(x), torch.zeros_like(v)
+        if 0 in moved and structure.P is not None:
+            first = first + structure.P.times(moved[0], x)
+        if 1 in moved:
+            first = first + moved[1]
+        if 2 in moved:
+            first = first + structure.A.times(moved[2], self._projected(v) - v, transpose=True)
+            second = second + structure.A.times(moved[2], x)
+        if 3 in moved:
+            second = second - moved[3]
+        return torch.cat([first, second], -1)
+
+    def _projected(self, v: Tensor) -> Tensor:
+        """The slack. The search knows it; a tensor that is differentiated further, or transformed, needs the operations."""
+        return self._slack if self._slack is not None and _is_plain(v) else project(self.structure.cones, v)
 
     def batched(self, in_dims: tuple[int | None, ...], size: int, randomness: str) -> Problem:
         """The same problem with one more leading dimension: every argument broadcasts by itself."""

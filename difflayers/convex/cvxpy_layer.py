@@ -232,13 +232,16 @@ def _row(canonical: Canonical, params: Sequence[Tensor], batch: tuple[int, ...])
         else:
             lead = param.dim() - ndim
             # CVXPY flattens by columns.
-            entries = param.permute(*range(lead), *reversed(range(lead, param.dim()))).reshape(*param.shape[:lead], -1)
+            entries = param.permute((*range(lead), *reversed(range(lead, param.dim())))).reshape(*param.shape[:lead], -1)
         parts.append(entries.expand(*batch, entries.shape[-1]))
     return torch.cat(parts, -1) if parts else torch.zeros(0, dtype=torch.float64)
 
 
 def _on(pattern: Any, device: torch.device) -> Any:
-    return None if pattern is None else pattern._replace(rows=pattern.rows.to(device), columns=pattern.columns.to(device))
+    if pattern is None or pattern.rows.device == device:
+        return pattern
+    with torch._C._DisableFuncTorch():  # an index made inside a transform would belong to its level
+        return pattern._replace(rows=pattern.rows.to(device), columns=pattern.columns.to(device))
 
 
 @functools.cache
