@@ -15,7 +15,7 @@ Reference: Agrawal, Amos, Barratt, Boyd, Diamond and Kolter, Differentiable conv
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -104,7 +104,14 @@ def canonicalizer() -> type:
 
 
 def canonicalize(
-    problem: Any, parameters: Sequence[Any], variables: Sequence[Any], *, gp: bool, verbose: bool, canon_backend: str | None
+    problem: Any,
+    parameters: Sequence[Any],
+    variables: Sequence[Any],
+    *,
+    gp: bool,
+    verbose: bool,
+    canon_backend: str | None,
+    quadratic: bool,
 ) -> Canonical:
     """The canonical form of a parametrized CVXPY problem.
 
@@ -115,6 +122,7 @@ def canonicalize(
         gp: whether it is a geometric program.
         verbose: let CVXPY say what it does.
         canon_backend: CVXPY's backend.
+        quadratic: whether ``quad_form(x, P)`` with a parameter P may stand in the objective.
 
     Raises:
         ValueError: as cvxpylayers does: the problem is not DPP, or parameters or variables do not belong to it.
@@ -125,26 +133,31 @@ def canonicalize(
 
     class Canonicalizer(interface):
         canon_solver = "CLARABEL"
-        supports_quad_obj = True
+        supports_quad_obj = quadratic
 
         def solve_torch_batch(self, *_: Any) -> Any:
             raise NotImplementedError
 
         derivative_torch_batch = solve_torch_batch
 
-    context = parse_args(
-        problem,
-        variables,
-        parameters,
-        None,
-        gp=gp,
-        verbose=verbose,
-        canon_backend=canon_backend,
-        solver_args={},
-        custom_solver=Canonicalizer(),
-    )
+    try:
+        context = parse_args(
+            problem,
+            variables,
+            parameters,
+            None,
+            gp=gp,
+            verbose=verbose,
+            canon_backend=canon_backend,
+            solver_args={},
+            custom_solver=Canonicalizer(),
+        )
+    except ValueError as error:
+        if "must be DPP" in str(error) and not gp and not quadratic and _is_dpp_with_quadratic_forms(problem):
+            raise ValueError(f"{error} quad_form(x, P) with a parameter P needs a solver by name, as solver='CLARABEL'") from None
+        raise
     if not gp:
-        _refuse_constraints_outside_of_rows(problem, verbose, canon_backend)
+        _refuse_constraints_outside_of_rows(problem, verbose, canon_backend, quadratic)
     _refuse_reduced_variables(variables)
     # The tensors outlive any transform that is active around this call.
     with torch._C._DisableFuncTorch(), torch.inference_mode(False):
@@ -176,11 +189,17 @@ def cones_of(dims: Any) -> Cones:
     )
 
 
-def _refuse_constraints_outside_of_rows(problem: Any, verbose: bool, canon_backend: str | None) -> None:
+def _is_dpp_with_quadratic_forms(problem: Any) -> bool:
     from cvxpy.utilities import scopes
 
-    scope: Callable[[], Any] = getattr(scopes, "quad_form_dpp_scope", contextlib.nullcontext)
-    with scope():  # as cvxpylayers asks for it, so that CVXPY has it at hand
+    with scopes.quad_form_dpp_scope():
+        return problem.is_dpp()
+
+
+def _refuse_constraints_outside_of_rows(problem: Any, verbose: bool, canon_backend: str | None, quadratic: bool) -> None:
+    from cvxpy.utilities import scopes
+
+    with scopes.quad_form_dpp_scope() if quadratic else contextlib.nullcontext():  # as before, so that CVXPY has it at hand
         data, _, _ = problem.get_problem_data(solver="CLARABEL", gp=False, verbose=verbose, canon_backend=canon_backend, solver_opts={})
     beside = [name for name in ("dir_cones", "lower_bounds", "upper_bounds") if data.get(name) is not None and len(data[name])]
     if beside:
@@ -204,6 +223,8 @@ def _affine(matrix: Any) -> AffineMap:
 
 def _entries(reduced: Any) -> tuple[np.ndarray, np.ndarray]:
     """Rows and columns of the entries that the rows of ``reduced.reduced_mat`` stand for."""
+    if reduced.problem_data_index is None:  # no constraints at all
+        return np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64)
     indices, starts, _ = reduced.problem_data_index
     return np.asarray(indices, dtype=np.int64), np.repeat(np.arange(len(starts) - 1), np.diff(starts))
 

@@ -28,7 +28,7 @@ from ..implicit.function import ImplicitFunction
 from ..solution import OnFailure, Status
 from .cone_geometry import Cones, project
 from .cone_program import ConeOptions, ConeProblem, ConeSolution, Pattern, Structure
-from .cone_solvers import known_solver
+from .cone_solvers import automatic_solver, known_solver
 
 __all__ = ["ConeSolution", "Cones", "solve_cone", "solve_rows"]
 
@@ -43,7 +43,7 @@ def solve_cone(
     b: Tensor,
     cones: Cones,
     *,
-    solver: str = "CLARABEL",
+    solver: str = "auto",
     solver_args: dict[str, Any] | None = None,
     tol: float | None = None,
     max_iter: int | None = None,
@@ -62,7 +62,8 @@ def solve_cone(
         A: ``(*batch, m, n)``, or ``(indices, values)``.
         b: ``(*batch, m)``.
         cones: which rows of the slack b − A x lie in which cone, in the order of :class:`Cones`.
-        solver: "CLARABEL", or "SCS".
+        solver: "CLARABEL", "SCS", or "QP", the dense engine of :func:`~difflayers.convex.solve_qp` for linear constraints; "auto" takes
+            that one where they are few, and Clarabel elsewhere.
         solver_args: settings of the solver, by its own names.
         tol: largest residual of the optimality conditions of a solved element, relative to 1 + the size of their terms.
             None: 1e-8 (float64), 1e-6 (float32).
@@ -102,7 +103,7 @@ def solve_cone(
     options = ConeOptions(
         tol=(1e-8 if double else 1e-6) if tol is None else tol,
         max_iter=max_iter,
-        solver=solver,
+        solver=automatic_solver(cones, n) if solver == "auto" else solver,
         solver_args=solver_args or {},
         on_failure=on_failure,
         warm=warm_start is not None,

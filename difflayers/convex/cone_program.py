@@ -116,7 +116,7 @@ class Structure(NamedTuple):
 
 
 class ConeOptions(NamedTuple):
-    """How a program is solved."""
+    """How a program is solved; ``lenient``: who sets a limit of iterations is warned, not refused, if it is reached."""
 
     tol: float
     max_iter: int | None
@@ -125,6 +125,7 @@ class ConeOptions(NamedTuple):
     on_failure: OnFailure
     warm: bool
     name: str = "solve_cone"
+    lenient: bool = False
 
 
 class ConeProblem(Problem):
@@ -157,6 +158,8 @@ class ConeProblem(Problem):
         point = torch.where(torch.isfinite(point).all(-1, keepdim=True), point, 0)
         certain = (found.status == Status.PRIMAL_INFEASIBLE) | (found.status == Status.DUAL_INFEASIBLE)
         certain |= found.status == Status.NUMERICAL_ERROR
+        if options.max_iter is not None:  # who sets a limit wants the point that it gives
+            certain |= found.status == Status.MAX_ITER
         point, slack, measured = self._polish(point, found.s, flat, ~certain)
         relative, primal, dual, gap = measured
         status = torch.where(certain, found.status, torch.where(relative <= options.tol, int(Status.SOLVED), found.status))
@@ -166,7 +169,12 @@ class ConeProblem(Problem):
         point = point.reshape(*batch, -1)
         self._slack = slack.reshape(*batch, -1)
         x, v = structure.split(point)
-        report_failures(ConeSolution(x, self._slack - v, self._slack, *diagnostics), options.name, options.on_failure)
+        solution = ConeSolution(x, self._slack - v, self._slack, *diagnostics)
+        if options.lenient and options.max_iter is not None and options.on_failure == "raise":
+            limited = solution.status == Status.MAX_ITER
+            report_failures(solution._replace(status=torch.where(limited, solution.status, 0)), options.name, "warn")
+            solution = solution._replace(status=torch.where(limited, 0, solution.status))
+        report_failures(solution, options.name, options.on_failure)
         return (point, *diagnostics)
 
     def solve_linear(self, point: Sequence[Any], rhs: Tensor, transpose: bool, columns: bool) -> Solution:

@@ -13,7 +13,7 @@ arXiv:1312.3039.
 from __future__ import annotations
 
 import importlib
-import os
+import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -22,14 +22,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..errors import MissingExtraError
+from ..errors import ConvergenceWarning, MissingExtraError
 from ..solution import Status
 from .cone_geometry import Cones
+from .qp import solve_qp
 
 if TYPE_CHECKING:
     from .cone_program import Pattern
 
-__all__ = ["Found", "Program", "known_solver", "solve_programs"]
+__all__ = ["ACCURACY", "IGNORED", "Found", "Program", "automatic_solver", "known_solver", "solve_programs"]
+
+
+# Unknowns and rows of a quadratic program up to which the dense engine is the faster one.
+_DENSE_LIMIT = 400
 
 
 class Program(NamedTuple):
@@ -107,6 +112,8 @@ def solve_programs(
         max_iter: the limit of its iterations; None is the solver's own.
         start: rows (x, s − y) to start from, for a solver that can.
     """
+    if solver == "QP":
+        return _quadratic(program, solver_args, tol, max_iter)
     device = program.q.device
     data = _arrays(program)
     finite = np.isfinite(data.P_values).all(-1) & np.isfinite(data.q).all(-1)
@@ -117,10 +124,39 @@ def solve_programs(
     def one(i: int) -> _Answer:
         return solve(i) if finite[i] else nothing
 
-    answers = [one(i) for i in range(len(finite))]
+    workers = min(torch.get_num_threads(), len(finite)) if solver in _THREADED else 1
+    if workers > 1:
+        with ThreadPoolExecutor(workers) as pool:
+            answers = list(pool.map(one, range(len(finite))))
+    else:
+        answers = [one(i) for i in range(len(finite))]
     x, s, y = (torch.as_tensor(np.stack([answer[k] for answer in answers])) for k in range(3))
     status = torch.tensor([int(answer[3]) for answer in answers])
     return Found(*(part.to(device) for part in (x, s, y, status, torch.tensor([answer[4] for answer in answers]))))
+
+
+def _quadratic(program: Program, solver_args: dict[str, Any], tol: float, max_iter: int | None) -> Found:
+    """The dense engine for quadratic programs, all the batch at once."""
+    zero, P = program.cones.zero, None
+    matrix = program.A_pattern.dense(program.A)
+    if program.P_pattern is not None and program.P is not None:
+        P = program.P_pattern.dense(program.P)
+    rows = (matrix[..., zero:, :], program.b[..., zero:]) if program.cones.nonneg else (None, None)
+    equations = (matrix[..., :zero, :], program.b[..., :zero]) if zero else (None, None)
+    accuracy = min([tol, *(float(value) for name, value in solver_args.items() if name in ACCURACY)])
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        found = solve_qp(P, program.q, *rows, *equations, tol=max(accuracy, 1e-12), max_iter=max_iter, on_failure="warn")
+    y = torch.cat([found.y, found.z], -1)
+    slack = program.b - (matrix @ found.x.unsqueeze(-1)).squeeze(-1)
+    # A row with a multiplier is active: its slack is zero but for rounding.
+    slack = torch.where((y > 0) | (torch.arange(y.shape[-1], device=y.device) < zero), 0, slack.clamp(min=0))
+    return Found(found.x, slack, y, found.status, found.iterations)
+
+
+def automatic_solver(cones: Cones, unknowns: int) -> str:
+    """The solver that ``"auto"`` means: the dense engine where the constraints are linear and few, Clarabel elsewhere."""
+    return "QP" if cones.polyhedral and unknowns + cones.rows <= _DENSE_LIMIT else "CLARABEL"
 
 
 def known_solver(name: str) -> Callable[..., Callable[[int], _Answer]]:
@@ -129,6 +165,8 @@ def known_solver(name: str) -> Callable[..., Callable[[int], _Answer]]:
     Raises:
         ValueError: it is not one of those known here.
     """
+    if name == "QP":
+        return _quadratic
     if name not in _SOLVERS:
         raise ValueError(f"solver={name!r} is not known; choose one of {', '.join(map(repr, _SOLVERS))}")
     return _SOLVERS[name]
@@ -165,11 +203,11 @@ def _clarabel(data: _Data, solver_args: dict[str, Any], tol: float, max_iter: in
     if max_iter is not None:
         settings.max_iter = max_iter
     for name, value in solver_args.items():
-        if name in _FOREIGN:
-            _FOREIGN[name](settings, value)
+        if name in ACCURACY:
+            settings.tol_gap_abs = settings.tol_gap_rel = settings.tol_feas = min(float(value), settings.tol_feas)
         elif hasattr(settings, name):
             setattr(settings, name, value)
-        else:
+        elif name not in IGNORED:
             raise TypeError(f"Clarabel has no setting {name!r}; see clarabel.DefaultSettings")
     cones = data.cones
     kinds = [clarabel.ZeroConeT(cones.zero)] if cones.zero else []
@@ -201,26 +239,46 @@ def _clarabel(data: _Data, solver_args: dict[str, Any], tol: float, max_iter: in
     return solve
 
 
-# Settings of other solvers that users of cvxpylayers pass, in the words of this one.
-def _accuracy(settings: Any, value: float) -> None:
-    settings.tol_gap_abs = settings.tol_gap_rel = settings.tol_feas = min(float(value), settings.tol_feas)
+# What users of cvxpylayers pass to other solvers: the accuracy, and what has no meaning here.
+ACCURACY = {"eps", "eps_abs", "eps_rel", "tol", "abstol", "reltol", "feastol"}
+IGNORED = {"acceleration_lookback", "mode", "n_jobs_forward", "n_jobs_backward", "solve_method", "warm_start"}
 
 
-def _iterations(settings: Any, value: int) -> None:
-    settings.max_iter = max(int(value), settings.max_iter)
+def _scs(data: _Data, solver_args: dict[str, Any], tol: float, max_iter: int | None, start: np.ndarray | None) -> Callable[[int], _Answer]:
+    scs = _module("scs")
+    accuracy = min([0.1 * tol, 1e-8, *(float(value) for name, value in solver_args.items() if name in ACCURACY)])
+    settings = {"verbose": False, "eps_abs": accuracy, "eps_rel": accuracy, "max_iters": 100_000 if max_iter is None else max_iter}
+    settings |= {name: value for name, value in solver_args.items() if name not in ACCURACY | (IGNORED - {"acceleration_lookback"})}
+    cones, n = data.cones, data.q.shape[-1]
+    sizes = {"z": cones.zero, "l": cones.nonneg, "q": list(cones.soc), "s": list(cones.psd), "ep": cones.exp, "p": list(cones.pow)}
+    meaning = {1: Status.SOLVED, -1: Status.DUAL_INFEASIBLE, -2: Status.PRIMAL_INFEASIBLE}
+    order = _lower_triangles(cones)
+    back = np.argsort(order)
+
+    def solve(i: int) -> _Answer:
+        P, A = data.P.matrix(data.P_values[i]), data.A.matrix(data.A_values[i])[order].tocsc()
+        solver = scs.SCS({"P": P, "A": A, "b": data.b[i][order], "c": data.q[i]}, sizes, **settings)
+        if start is None:
+            found = solver.solve()
+        else:
+            x, v = start[i, :n], start[i, n:][order]
+            s = np.maximum(v, 0) if cones.polyhedral else v
+            found = solver.solve(warm_start=True, x=x, y=s - v, s=s)
+        status = meaning.get(found["info"]["status_val"], Status.MAX_ITER)
+        return found["x"], found["s"][back], found["y"][back], status, found["info"]["iter"]
+
+    return solve
 
 
-def _ignored(settings: Any, value: Any) -> None:
-    pass
-
-
-_FOREIGN: dict[str, Callable[[Any, Any], None]] = {
-    "eps": _accuracy,
-    "eps_abs": _accuracy,
-    "eps_rel": _accuracy,
-    "max_iters": _iterations,
-    **dict.fromkeys(("acceleration_lookback", "mode", "n_jobs_forward", "n_jobs_backward", "solve_method", "warm_start"), _ignored),
-}
+def _lower_triangles(cones: Cones) -> np.ndarray:
+    """The order in which SCS takes the rows: the lower triangle column by column, which is the upper one row by row."""
+    order = np.arange(cones.rows)
+    start = cones.zero + cones.nonneg + sum(cones.soc)
+    for k in cones.psd:
+        i, j = np.triu_indices(k)
+        order[start : start + len(i)] = start + j * (j + 1) // 2 + i
+        start += len(i)
+    return order
 
 
 def _module(name: str) -> Any:
@@ -230,4 +288,5 @@ def _module(name: str) -> Any:
         raise MissingExtraError(f"this solver needs {name}; install it: pip install {name}") from error
 
 
-_SOLVERS: dict[str, Callable[..., Callable[[int], _Answer]]] = {"CLARABEL": _clarabel}
+_SOLVERS: dict[str, Callable[..., Callable[[int], _Answer]]] = {"CLARABEL": _clarabel, "SCS": _scs}
+_THREADED = {"SCS"}

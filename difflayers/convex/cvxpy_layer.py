@@ -1,9 +1,8 @@
 r"""A CVXPY problem with parameters as a layer: a drop-in for ``cvxpylayers.torch.CvxpyLayer``.
 
 The problem is canonicalized once (:mod:`~difflayers.convex.canonicalization`). A call maps the parameters to the data of a conic program,
-solves it and reads the variables off its solution. Programs with linear constraints and a moderate number of unknowns go to
-:func:`~difflayers.convex.solve_qp`, all others to the conic engine (:mod:`~difflayers.convex.cone_program`). Both are differentiated by the core,
-to any order and in both modes; what surrounds them is affine.
+solves it (:mod:`~difflayers.convex.cone_program`) and reads the variables off its solution. The core differentiates the solution, to any
+order and in both modes; what surrounds it is affine.
 
 Reference: Agrawal, Amos, Barratt, Boyd, Diamond and Kolter, Differentiable convex optimization layers, NeurIPS 2019, arXiv:1910.12430.
 """
@@ -23,15 +22,12 @@ from ..solution import OnFailure
 from .canonicalization import Canonical, canonicalize
 from .cone_program import ConeOptions, Structure
 from .cone import solve_rows
-from .cone_solvers import known_solver
-from .qp import solve_qp
+from .cone_solvers import ACCURACY, IGNORED, automatic_solver, known_solver
 
 __all__ = ["CvxpyLayer", "CvxpySolution"]
 
 # The names of cvxpylayers' backends: what they mean here is "choose".
 _CHOOSE = (None, "DIFFCP", "MOREAU", "CUCLARABEL", "MPAX")
-# Linear constraints with at most this many unknowns and rows are solved by the dense engine.
-_DENSE_LIMIT = 400
 
 
 class CvxpySolution(NamedTuple):
@@ -60,15 +56,17 @@ class CvxpyLayer(nn.Module):
     A failure with ``on_failure="raise"`` is the error of :mod:`difflayers.errors` and, where diffcp is installed, also a ``diffcp.SolverError``.
 
     Args:
-        problem: a ``cvxpy.Problem`` that follows the DPP rules; ``quad_form(x, P)`` with a PSD parameter P may stand in the objective.
+        problem: a ``cvxpy.Problem`` that follows the DPP rules.
         parameters: its parameters, in the order of the tensors of a call.
         variables: variables of the problem, or dual variables of its constraints, to be returned.
         solver: None chooses: the dense QP engine where the constraints are linear and few, Clarabel elsewhere. "CLARABEL" or "SCS"
-            fixes the solver. The backends of cvxpylayers (as "DIFFCP" and "MOREAU") mean None.
+            fixes the solver. The backends of cvxpylayers (as "DIFFCP" and "MOREAU") mean None. As in cvxpylayers,
+            ``quad_form(x, P)`` with a parameter P needs one by name.
         gp: the problem is a geometric program.
         verbose: CVXPY and the solver say what they do.
         canon_backend: CVXPY's canonicalization backend.
-        solver_args: settings of the solver; "eps" and "max_iters" are understood for all. They can be given to a call, too.
+        solver_args: settings of the solver; "eps" and "max_iters" are understood for all. They can be given to a call, too. A solver that
+            stops at a limit set here is not failing: its point is returned as it is, with a warning.
         on_failure: ``"raise"``, ``"nan"`` (failed elements are NaN and have zero gradient) or ``"warn"`` (best iterate).
 
     Raises:
@@ -108,7 +106,15 @@ class CvxpyLayer(nn.Module):
         self.solver, self.gp, self.verbose = solver, gp, verbose
         self.solver_args = dict(solver_args or {})
         self.on_failure: OnFailure = on_failure
-        self.canonical = canonicalize(problem, parameters, variables, gp=gp, verbose=verbose, canon_backend=canon_backend)
+        self.canonical = canonicalize(
+            problem,
+            parameters,
+            variables,
+            gp=gp,
+            verbose=verbose,
+            canon_backend=canon_backend,
+            quadratic=solver not in (None, "DIFFCP"),
+        )
 
     def forward(self, *params: Tensor, solver_args: dict[str, Any] | None = None) -> tuple[Tensor, ...]:
         """The variables at the solution.
@@ -147,9 +153,8 @@ class CvxpyLayer(nn.Module):
         except SolveError as error:
             solution = error.solution
             if hasattr(solution, "x"):
-                y = solution.y if not hasattr(solution, "z") else torch.cat([solution.y, solution.z], -1)
                 residual = torch.maximum(solution.primal_residual, solution.dual_residual)
-                solution = self._recover(solution.x, y, solution.status, residual, solution.iterations, dtype)
+                solution = self._recover(solution.x, solution.y, solution.status, residual, solution.iterations, dtype)
             raise _also_diffcp(type(error))(str(error), solution=solution, indices=error.indices) from None
         return self._recover(x, y, *diagnostics, dtype)
 
@@ -162,31 +167,24 @@ class CvxpyLayer(nn.Module):
     def _solve(self, theta: list[Tensor | None], solver_args: dict[str, Any], dtype: torch.dtype, on_failure: OnFailure) -> list[Any]:
         """x, y, status, residual and iterations."""
         canonical = self.canonical
+        device = _device(theta)
         tol = 1e-8 if dtype == torch.float64 else 1e-6
-        name = {"SCS": "SCS", "CLARABEL": "CLARABEL"}.get(str(self.solver or solver_args.get("solve_method", "")).upper())
-        small = sum(canonical.A.shape) <= _DENSE_LIMIT
-        if name is None and canonical.cones.polyhedral and small:
-            found = self._solve_dense(theta, min(tol, float(solver_args.get("eps", tol))), on_failure)
-            y = torch.cat([found.y, found.z], -1)
-            return [found.x, y, found.status, torch.maximum(found.primal_residual, found.dual_residual), found.iterations]
+        method = str(solver_args.pop("solve_method", "")).upper()
+        # A limit called max_iters is one of SCS, the solver of cvxpylayers that is meant where none is named.
+        scs = method == "SCS" or (self.solver in (None, "DIFFCP") and not method and "max_iters" in solver_args)
+        name = self.solver if self.solver not in _CHOOSE else "SCS" if scs else None
         batch = torch.broadcast_shapes(*(part.shape[:-1] for part in theta if part is not None))
-        structure = Structure(tuple(batch), canonical.cones, *(_on(part, theta[1].device) for part in (canonical.P, canonical.A)))
+        structure = Structure(tuple(batch), canonical.cones, _on(canonical.P, device), _on(canonical.A, device))
         if self.verbose:
             solver_args = {"verbose": True, **solver_args}
-        options = ConeOptions(tol, None, name or "CLARABEL", solver_args, on_failure, False, "CvxpyLayer")
+        limits = [int(solver_args.pop(key)) for key in ("max_iters", "max_iter") if key in solver_args]
+        limit = limits[0] if limits else None
+        # The dense engine has no settings but an accuracy: who sets more means a solver.
+        simple = limit is None and not self.verbose and not set(solver_args) - IGNORED - ACCURACY
+        name = name or (automatic_solver(canonical.cones, canonical.A.shape[1]) if simple else "CLARABEL")
+        options = ConeOptions(tol, limit, name, solver_args, on_failure, False, "CvxpyLayer", lenient=True)
         needs_duals = any(recovery.dual for recovery in canonical.recoveries)
         return solve_rows(structure, theta, options, duals=needs_duals)
-
-    def _solve_dense(self, theta: list[Tensor | None], tol: float, on_failure: OnFailure) -> Any:
-        """The program as min ½ xᵀPx + qᵀx with equations first and inequalities behind them."""
-        canonical = self.canonical
-        P, q, A, b = theta
-        zero = canonical.cones.zero
-        matrix = _on(canonical.A, A.device).dense(A)
-        quadratic = None if canonical.P is None else _on(canonical.P, P.device).dense(P)
-        rows = (matrix[..., zero:, :], b[..., zero:]) if canonical.cones.nonneg else (None, None)
-        equations = (matrix[..., :zero, :], b[..., :zero]) if zero else (None, None)
-        return solve_qp(quadratic, q, *rows, *equations, tol=tol, on_failure=on_failure)
 
     def _recover(
         self, x: Tensor, y: Tensor | None, status: Tensor, residual: Tensor, iterations: Tensor, dtype: torch.dtype
@@ -235,6 +233,10 @@ def _row(canonical: Canonical, params: Sequence[Tensor], batch: tuple[int, ...])
             entries = param.permute((*range(lead), *reversed(range(lead, param.dim())))).reshape(*param.shape[:lead], -1)
         parts.append(entries.expand(*batch, entries.shape[-1]))
     return torch.cat(parts, -1) if parts else torch.zeros(0, dtype=torch.float64)
+
+
+def _device(theta: list[Tensor | None]) -> torch.device:
+    return next(part.device for part in theta if part is not None)
 
 
 def _on(pattern: Any, device: torch.device) -> Any:
