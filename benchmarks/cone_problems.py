@@ -1,4 +1,4 @@
-"""Six parametrized CVXPY problems, as the examples of cvxpylayers have them: each with its parameters, variables and a way to draw a batch."""
+"""Six parametrized CVXPY problems, of the kinds that the examples of cvxpylayers have, each with a way to draw a batch."""
 
 from __future__ import annotations
 
@@ -113,23 +113,20 @@ def linear_program(unknowns: int = 30, rows: int = 60) -> Case:
     return Case(problem, [c, G, h], [x], draw)
 
 
-def sudoku(size: int = 2) -> Case:
-    """The layer that learns Sudoku in OptNet: a clue in each cell, the rules as equations, all of them parameters."""
+def sudoku(size: int = 2, rules: int = 40) -> Case:
+    """The layer that learns Sudoku in OptNet: clues in the objective, equations that are learned, all of them parameters."""
     rng = np.random.default_rng(5)
-    side = size * size
-    x = cp.Variable(side**3)
-    clues, A = cp.Parameter(side**3), cp.Parameter((40, side**3))
-    truth = np.zeros((side, side, side))
-    for i in range(side):
-        for j in range(side):
-            truth[i, j, (size * (i % size) + i // size + j) % side] = 1.0
-    problem = cp.Problem(cp.Minimize(0.05 * cp.sum_squares(x) - clues @ x), [A @ x == A @ truth.ravel(), x >= 0])
+    cells = size**6
+    x = cp.Variable(cells)
+    clues, A, b = cp.Parameter(cells), cp.Parameter((rules, cells)), cp.Parameter(rules)
+    problem = cp.Problem(cp.Minimize(0.05 * cp.sum_squares(x) - clues @ x), [A @ x == b, x >= 0])
 
     def draw(batch: int) -> list[Tensor]:
-        given = truth.ravel() * (rng.random((batch, side**3)) < 0.6)
-        return _tensors(given + 0.02 * rng.standard_normal((batch, side**3)), rng.standard_normal((batch, 40, side**3)) / side)
+        equations = rng.standard_normal((batch, rules, cells)) / cells**0.5
+        inside = rng.uniform(0.0, 1.0, (batch, cells)) * (rng.random((batch, cells)) < 0.7)
+        return _tensors(1.0 * (rng.random((batch, cells)) < 0.25), equations, np.einsum("bij,bj->bi", equations, inside))
 
-    return Case(problem, [clues, A], [x], draw)
+    return Case(problem, [clues, A, b], [x], draw)
 
 
 PROBLEMS: dict[str, Callable[[], Case]] = {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .cone import ConeSolution, Cones, solve_cone
+from .cone import Cones, ConeSolution, solve_cone
 from .cvxpy_layer import CvxpyLayer, CvxpySolution
 from .qp import QPLayer, QPSolution, solve_qp
 

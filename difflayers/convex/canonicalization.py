@@ -5,9 +5,9 @@ cvxpylayers finds the canonical form (``parse_args``): with p all the parameters
 .. math:: (P, q, A, b) = M\,(p, 1),
 
 one sparse matrix M for each, fixed once. The rows of A are those that Clarabel takes: zero, nonnegative, second-order, semidefinite
-(upper triangle, scaled), exponential, power. That form has all the constraints in rows: other solvers of CVXPY ≥ 1.9 are given some
-of them beside the rows (``dir_cones``, ``lower_bounds``, ``upper_bounds``), where who does not look for them drops them; what is found there
-is refused. M is applied by differentiable operations, so the chain rule from the data to the parameters is PyTorch's.
+(upper triangle, scaled), exponential, power. In that form all the constraints are rows. Other solvers of CVXPY ≥ 1.9 are given some
+of them beside the rows (``dir_cones``, ``lower_bounds``, ``upper_bounds``), and who does not look there drops them; what is found
+there is refused. M is applied by differentiable operations, so the chain rule from the data to the parameters is PyTorch's.
 
 Reference: Agrawal, Amos, Barratt, Boyd, Diamond and Kolter, Differentiable convex optimization layers, NeurIPS 2019, arXiv:1910.12430.
 """

@@ -156,7 +156,7 @@ def _proximal_point(times: Callable[[Tensor], Tensor], solve: Callable[[Tensor],
     lost = measure > 1e-9
     if bool(lost.any()):
         # What refinement does not move is the part in the kernel; without it the system has a solution.
-        consistent, rest = _refine(times, solve, rhs - residual, scale)
+        consistent, _ = _refine(times, solve, rhs - residual, scale)
         solved = torch.where(lost, consistent, solved)
     return solved, measure.squeeze(-2)
 

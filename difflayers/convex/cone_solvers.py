@@ -24,7 +24,7 @@ from torch import Tensor
 
 from ..errors import ConvergenceWarning, MissingExtraError
 from ..solution import Status
-from .cone_geometry import Cones
+from .cone_geometry import Cones, project
 from .qp import solve_qp
 
 if TYPE_CHECKING:
@@ -118,7 +118,7 @@ def solve_programs(
     data = _arrays(program)
     finite = np.isfinite(data.P_values).all(-1) & np.isfinite(data.q).all(-1)
     finite &= np.isfinite(data.A_values).all(-1) & np.isfinite(data.b).all(-1)
-    solve = known_solver(solver)(data, solver_args, tol, max_iter, None if start is None else start.cpu().numpy())
+    solve = known_solver(solver)(data, solver_args, tol, max_iter, None if start is None else _triples(start, program))
     nothing = (np.zeros(program.q.shape[-1]), np.zeros(data.b.shape[-1]), np.zeros(data.b.shape[-1]), Status.NUMERICAL_ERROR, 0)
 
     def one(i: int) -> _Answer:
@@ -133,6 +133,14 @@ def solve_programs(
     x, s, y = (torch.as_tensor(np.stack([answer[k] for answer in answers])) for k in range(3))
     status = torch.tensor([int(answer[3]) for answer in answers])
     return Found(*(part.to(device) for part in (x, s, y, status, torch.tensor([answer[4] for answer in answers]))))
+
+
+def _triples(start: Tensor, program: Program) -> tuple[np.ndarray, ...]:
+    """x, s and y of rows (x, s − y)."""
+    n = program.q.shape[-1]
+    x, v = start[:, :n], start[:, n:]
+    s = project(program.cones, v)
+    return tuple(part.cpu().numpy() for part in (x, s, s - v))
 
 
 def _quadratic(program: Program, solver_args: dict[str, Any], tol: float, max_iter: int | None) -> Found:
@@ -178,9 +186,8 @@ def _arrays(program: Program) -> _Data:
     empty = torch.zeros(0, dtype=torch.int64)
     pattern = program.P_pattern
     P = _compress(empty, empty, (n, n), upper=True) if pattern is None else _compress(pattern.rows, pattern.columns, (n, n), upper=True)
-    plain = [None if part is None else part.detach().cpu().numpy() for part in (program.P, program.q, program.A, program.b)]
-    P_values, q, A_values, b = plain
-    P_rows = np.zeros((len(q), 0)) if P_values is None else P.values(P_values)
+    q, A_values, b = (part.detach().cpu().numpy() for part in (program.q, program.A, program.b))
+    P_rows = np.zeros((len(q), 0)) if program.P is None else P.values(program.P.detach().cpu().numpy())
     return _Data(P, A, P_rows, q, A.values(A_values), b, program.cones)
 
 
@@ -193,7 +200,9 @@ def _compress(rows: Tensor, columns: Tensor, shape: tuple[int, int], *, upper: b
     return _Compressed(keys % max(shape[0], 1), starts, where, chosen, shape)
 
 
-def _clarabel(data: _Data, solver_args: dict[str, Any], tol: float, max_iter: int | None, _: np.ndarray | None) -> Callable[[int], _Answer]:
+def _clarabel(
+    data: _Data, solver_args: dict[str, Any], tol: float, max_iter: int | None, _: tuple[np.ndarray, ...] | None
+) -> Callable[[int], _Answer]:
     clarabel = _module("clarabel")
     settings = clarabel.DefaultSettings()
     settings.verbose = False
@@ -244,12 +253,14 @@ ACCURACY = {"eps", "eps_abs", "eps_rel", "tol", "abstol", "reltol", "feastol"}
 IGNORED = {"acceleration_lookback", "mode", "n_jobs_forward", "n_jobs_backward", "solve_method", "warm_start"}
 
 
-def _scs(data: _Data, solver_args: dict[str, Any], tol: float, max_iter: int | None, start: np.ndarray | None) -> Callable[[int], _Answer]:
+def _scs(
+    data: _Data, solver_args: dict[str, Any], tol: float, max_iter: int | None, start: tuple[np.ndarray, ...] | None
+) -> Callable[[int], _Answer]:
     scs = _module("scs")
     accuracy = min([0.1 * tol, 1e-8, *(float(value) for name, value in solver_args.items() if name in ACCURACY)])
     settings = {"verbose": False, "eps_abs": accuracy, "eps_rel": accuracy, "max_iters": 100_000 if max_iter is None else max_iter}
     settings |= {name: value for name, value in solver_args.items() if name not in ACCURACY | (IGNORED - {"acceleration_lookback"})}
-    cones, n = data.cones, data.q.shape[-1]
+    cones = data.cones
     sizes = {"z": cones.zero, "l": cones.nonneg, "q": list(cones.soc), "s": list(cones.psd), "ep": cones.exp, "p": list(cones.pow)}
     meaning = {1: Status.SOLVED, -1: Status.DUAL_INFEASIBLE, -2: Status.PRIMAL_INFEASIBLE}
     order = _lower_triangles(cones)
@@ -261,9 +272,8 @@ def _scs(data: _Data, solver_args: dict[str, Any], tol: float, max_iter: int | N
         if start is None:
             found = solver.solve()
         else:
-            x, v = start[i, :n], start[i, n:][order]
-            s = np.maximum(v, 0) if cones.polyhedral else v
-            found = solver.solve(warm_start=True, x=x, y=s - v, s=s)
+            x, s, y = (part[i] for part in start)
+            found = solver.solve(warm_start=True, x=x, y=y[order], s=s[order])
         status = meaning.get(found["info"]["status_val"], Status.MAX_ITER)
         return found["x"], found["s"][back], found["y"][back], status, found["info"]["iter"]
 

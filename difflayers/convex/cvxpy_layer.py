@@ -20,8 +20,8 @@ from ..errors import ShapeError, SolveError
 from ..implicit.eager import eager
 from ..solution import OnFailure
 from .canonicalization import Canonical, canonicalize
-from .cone_program import ConeOptions, Structure
 from .cone import solve_rows
+from .cone_program import ConeOptions, Structure
 from .cone_solvers import ACCURACY, IGNORED, automatic_solver, known_solver
 
 __all__ = ["CvxpyLayer", "CvxpySolution"]
@@ -53,7 +53,8 @@ class CvxpyLayer(nn.Module):
     reverse and forward mode, under ``torch.func``; a status for each element of the batch and ``on_failure``; float32 in,
     float32 out. Parameters that are declared symmetric are read as their symmetric part, and their gradients are symmetric.
 
-    A failure with ``on_failure="raise"`` is the error of :mod:`difflayers.errors` and, where diffcp is installed, also a ``diffcp.SolverError``.
+    A failure with ``on_failure="raise"`` is an error of :mod:`difflayers.errors` and, where diffcp is installed, also a
+    ``diffcp.SolverError``.
 
     Args:
         problem: a ``cvxpy.Problem`` that follows the DPP rules.
