@@ -88,7 +88,7 @@ class Canonical(NamedTuple):
     recoveries: tuple[Recovery, ...]
 
 
-def canonicalizer() -> type:
+def canonicalizer() -> Any:
     """cvxpylayers' class for solvers of one's own, as which its canonicalization is asked.
 
     Raises:
@@ -143,8 +143,8 @@ def canonicalize(
     try:
         context = parse_args(
             problem,
-            variables,
-            parameters,
+            list(variables),
+            list(parameters),
             None,
             gp=gp,
             verbose=verbose,

@@ -151,7 +151,8 @@ class ConeProblem(Problem):
             status = torch.zeros(batch, dtype=torch.int64, device=x0.device)
             return (x0.clone(), status, *x0.new_zeros(3, *batch), status.clone())
         flat = _flat(theta, structure)
-        program = Program(structure.P, structure.A, structure.cones, *flat)
+        P, q, A, b = flat
+        program = Program(structure.P, structure.A, structure.cones, P, q, A, b)
         start = x0.reshape(-1, x0.shape[-1]) if options.warm else None
         found = solve_programs(program, options.solver, options.solver_args, options.tol, options.max_iter, start)
         point = torch.cat([found.x, found.s - found.y], -1)
@@ -347,7 +348,7 @@ def _largest(rows: Tensor) -> Tensor:
     return rows.abs().amax(-1) if rows.shape[-1] else rows.new_zeros(rows.shape[:-1])
 
 
-def _flat(theta: Sequence[Any], structure: Structure) -> list[Tensor | None]:
+def _flat(theta: Sequence[Any], structure: Structure) -> list[Any]:
     """The arguments with one batch dimension."""
     count = math.prod(structure.batch)
     return [None if leaf is None else leaf.expand(*structure.batch, leaf.shape[-1]).reshape(count, leaf.shape[-1]) for leaf in theta]

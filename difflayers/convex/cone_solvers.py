@@ -74,7 +74,7 @@ class _Compressed(NamedTuple):
         if len(self.where) == len(self.indices):
             gathered[:, self.where] = rows[:, self.chosen]
         else:
-            np.add.at(gathered, (slice(None), self.where), rows[:, self.chosen])
+            np.add.at(gathered.T, self.where, rows[:, self.chosen].T)
         return gathered
 
     def matrix(self, values: np.ndarray) -> Any:
@@ -116,9 +116,9 @@ def solve_programs(
         return _quadratic(program, solver_args, tol, max_iter)
     device = program.q.device
     data = _arrays(program)
-    finite = np.isfinite(data.P_values).all(-1) & np.isfinite(data.q).all(-1)
-    finite &= np.isfinite(data.A_values).all(-1) & np.isfinite(data.b).all(-1)
-    solve = known_solver(solver)(data, solver_args, tol, max_iter, None if start is None else _triples(start, program))
+    given = np.concatenate([data.P_values, data.q, data.A_values, data.b], -1)
+    finite = [bool(np.isfinite(row).all()) for row in given]
+    solve = _SOLVERS[solver](data, solver_args, tol, max_iter, None if start is None else _triples(start, program))
     nothing = (np.zeros(program.q.shape[-1]), np.zeros(data.b.shape[-1]), np.zeros(data.b.shape[-1]), Status.NUMERICAL_ERROR, 0)
 
     def one(i: int) -> _Answer:
@@ -167,17 +167,15 @@ def automatic_solver(cones: Cones, unknowns: int) -> str:
     return "QP" if cones.polyhedral and unknowns + cones.rows <= _DENSE_LIMIT else "CLARABEL"
 
 
-def known_solver(name: str) -> Callable[..., Callable[[int], _Answer]]:
-    """The solver of that name.
+def known_solver(name: str) -> str:
+    """The name of a solver, checked.
 
     Raises:
         ValueError: it is not one of those known here.
     """
-    if name == "QP":
-        return _quadratic
-    if name not in _SOLVERS:
-        raise ValueError(f"solver={name!r} is not known; choose one of {', '.join(map(repr, _SOLVERS))}")
-    return _SOLVERS[name]
+    if name not in (*_SOLVERS, "QP"):
+        raise ValueError(f"solver={name!r} is not known; choose one of {', '.join(map(repr, (*_SOLVERS, 'QP')))}")
+    return name
 
 
 def _arrays(program: Program) -> _Data:

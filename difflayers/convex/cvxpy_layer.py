@@ -10,6 +10,7 @@ Reference: Agrawal, Amos, Barratt, Boyd, Diamond and Kolter, Differentiable conv
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -231,7 +232,9 @@ def _row(canonical: Canonical, params: Sequence[Tensor], batch: tuple[int, ...])
         else:
             lead = param.dim() - ndim
             # CVXPY flattens by columns.
-            entries = param.permute((*range(lead), *reversed(range(lead, param.dim())))).reshape(*param.shape[:lead], -1)
+            entries = param.permute((*range(lead), *reversed(range(lead, param.dim())))).reshape(
+                *param.shape[:lead], math.prod(canonical.shapes[i])
+            )
         parts.append(entries.expand(*batch, entries.shape[-1]))
     return torch.cat(parts, -1) if parts else torch.zeros(0, dtype=torch.float64)
 
