@@ -20,7 +20,7 @@ Reference: Rockafellar, Monotone operators and the proximal point algorithm, SIA
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,7 +28,7 @@ from torch import Tensor
 from .cone_geometry import Spectrum, spectrum
 
 if TYPE_CHECKING:
-    from .cone_program import Structure
+    from .cone_program import Pattern, Structure
 
 __all__ = ["ConeFactor"]
 
@@ -39,6 +39,7 @@ _ENOUGH = 1e-14
 _NEARLY_ENOUGH = 1e-12
 # Where a system is larger than this and mostly zeros, it is factorized as a sparse matrix.
 _DENSE_LIMIT = 250
+_DENSE_FROM = 0.15
 # Entries of the dense systems of one chunk of the batch.
 _CHUNK = 4_000_000
 
@@ -48,14 +49,11 @@ class ConeFactor:
 
     def __init__(self, structure: Structure, v: Tensor, s: Tensor, theta: Sequence[Any]) -> None:
         self.structure = structure
-        P, _, self.A, _ = theta
-        self.P = P
+        self.P, _, self.A, _ = theta
         self.spectrum = spectrum(structure.cones, v, s)
-        eigenvalues = self.spectrum.eigenvalues
-        self.complement = 1 - eigenvalues
+        self.complement = 1 - self.spectrum.eigenvalues
         self.root = self.complement.sqrt()
-        kept = int((self.complement > 0).sum(-1).max()) if structure.m else 0
-        self.system = _Dense(self, P, kept)
+        self.system = _Chunks(_Parts(structure, self.P, self.A, self.root, self.spectrum))
 
     def solve(self, rhs: Tensor, *, transpose: bool, refine: bool = True) -> tuple[Tensor, Tensor]:
         """Solve J u = rhs or Jᵀ u = rhs for rows ``(*columns, batch, n + m)``; also the relative residual of each."""
@@ -107,30 +105,72 @@ class ConeFactor:
         return self.structure.A.times(self.A, rows, transpose=transpose)
 
 
-class _Dense:
-    """M of every element as a dense matrix, the rows with λ < 1 gathered in front."""
+class _Parts(NamedTuple):
+    """What M is made of: the structure, the values of P and A, the square roots of C, and the spectrum."""
 
-    def __init__(self, factor: ConeFactor, P: Tensor | None, kept: int) -> None:
-        structure, root = factor.structure, factor.root
+    structure: Structure
+    P: Tensor | None
+    A: Tensor
+    root: Tensor
+    spectrum: Spectrum
+
+    def rows(self, chosen: slice) -> _Parts:
+        """Some elements of the batch."""
+        bases = [(block, basis[chosen]) for block, basis in self.spectrum.bases]
+        spectrum = Spectrum(self.spectrum.eigenvalues[chosen], bases)
+        return _Parts(self.structure, None if self.P is None else self.P[chosen], self.A[chosen], self.root[chosen], spectrum)
+
+
+class _Chunks:
+    """M of every element, in chunks of the batch that fit into memory."""
+
+    def __init__(self, parts: _Parts) -> None:
+        structure, count = parts.structure, len(parts.root)
+        kept = int((parts.root > 0).sum(-1).max()) if structure.m and count else 0
+        size = structure.n + kept
+        entries = (0 if structure.P is None else len(structure.P.rows)) + 2 * len(structure.A.rows)
+        sparse = size > _DENSE_LIMIT and entries < _DENSE_FROM * size * size
+        # The matrix Ã of all the rows is there for a moment, too.
+        step = 1 if sparse else max(1, _CHUNK // max(size * size, structure.n * structure.m, 1))
+        self.slices = [slice(i, min(i + step, count)) for i in range(0, count, step)]
+        self.systems = [_Sparse(parts.rows(each)) if sparse else _Dense(parts.rows(each), kept) for each in self.slices]
+
+    def solve(self, first: Tensor, second: Tensor, *, transpose: bool, refine: bool) -> tuple[Tensor, ...]:
+        """Solve M (x, ν) = (first, second), or with Mᵀ, for rows ``(columns, batch, ...)``; also the relative residuals."""
+        solved = [
+            system.solve(first[:, each], second[:, each], transpose=transpose, refine=refine)
+            for each, system in zip(self.slices, self.systems, strict=True)
+        ]
+        return solved[0] if len(solved) == 1 else tuple(torch.cat(each, 1) for each in zip(*solved, strict=True))
+
+
+class _Dense:
+    """M as a dense matrix, the rows with λ < 1 gathered in front."""
+
+    def __init__(self, parts: _Parts, kept: int) -> None:
+        structure, root = parts.structure, parts.root
         n = structure.n
-        self.n, self.m = n, structure.m
+        self.n = n
         # The rows that stay, one order for each element; what an element does not need decouples, as its √c is zero.
         self.chosen = torch.argsort(root, dim=-1, descending=True, stable=True)[:, :kept]
-        matrix = structure.A.dense(factor.A)
-        for block, basis in factor.spectrum.bases:
+        matrix = structure.A.dense(parts.A)
+        for block, basis in parts.spectrum.bases:
             part = matrix.narrow(-2, block.start, block.count * block.dim).unflatten(-2, (block.count, block.dim))
             part.copy_(basis.mT @ part)
         rows = matrix.gather(-2, self.chosen.unsqueeze(-1).expand(-1, -1, n)) * root.gather(-1, self.chosen).unsqueeze(-1)
         system = matrix.new_zeros(len(matrix), n + kept, n + kept)
-        if structure.P is not None and P is not None:
-            system[:, :n, :n] = structure.P.dense(P)
+        if structure.P is not None and parts.P is not None:
+            system[:, :n, :n] = structure.P.dense(parts.P)
         system[:, :n, n:] = -rows.mT
         system[:, n:, :n] = rows
-        system[:, n:, n:].diagonal(dim1=-2, dim2=-1).copy_(factor.spectrum.eigenvalues.gather(-1, self.chosen))
+        system[:, n:, n:].diagonal(dim1=-2, dim2=-1).copy_(parts.spectrum.eigenvalues.gather(-1, self.chosen))
         self.system = system
-        shift = _SHIFT * system.abs().amax((-2, -1), keepdim=True).clamp(min=1e-300) if n + kept else system.new_ones(len(system), 1, 1)
-        shifted = system + shift * torch.eye(n + kept, dtype=system.dtype, device=system.device)
-        self.lu, self.pivots, _ = torch.linalg.lu_factor_ex(shifted)
+        if n + kept:
+            shifted = system.clone()
+            largest = system.abs().amax((-2, -1)).clamp(min=1e-300)
+            shifted.diagonal(dim1=-2, dim2=-1).add_(_SHIFT * largest.unsqueeze(-1))
+            system = shifted
+        self.lu, self.pivots, _ = torch.linalg.lu_factor_ex(system)
 
     def solve(self, first: Tensor, second: Tensor, *, transpose: bool, refine: bool) -> tuple[Tensor, Tensor, Tensor]:
         chosen = self.chosen.expand(len(second), *self.chosen.shape)
@@ -145,6 +185,70 @@ class _Dense:
         solved = solved.permute(2, 0, 1)
         unknowns = torch.zeros_like(second).scatter(-1, chosen, solved[..., self.n :])
         return solved[..., : self.n], unknowns, residual.T
+
+
+class _Sparse:
+    """M of one element as a sparse matrix."""
+
+    def __init__(self, parts: _Parts) -> None:
+        import scipy.sparse
+        import scipy.sparse.linalg
+
+        structure, n = parts.structure, parts.structure.n
+        root, eigenvalues = (part[0].cpu().numpy() for part in (parts.root, parts.spectrum.eigenvalues))
+        A = _scipy(structure.A, parts.A[0])
+        if parts.spectrum.bases:
+            A = _block_diagonal(parts.spectrum, structure.m).T @ A
+        self.chosen = root.nonzero()[0]
+        self.n = n
+        rows = scipy.sparse.diags_array(root[self.chosen]) @ A.tocsr()[self.chosen]
+        zero = scipy.sparse.csr_array((n, n))
+        P = zero if structure.P is None or parts.P is None else _scipy(structure.P, parts.P[0])
+        corner = scipy.sparse.diags_array(eigenvalues[self.chosen])
+        self.system = scipy.sparse.block_array([[P, -rows.T], [rows, corner]], format="csc")
+        shift = _SHIFT * max(abs(self.system).max(), 1e-300)
+        # Symmetric but for signs, and nearly definite in the sense of its signs: the diagonal is good enough to pivot on.
+        self.lu = scipy.sparse.linalg.splu(
+            (self.system + shift * scipy.sparse.eye_array(n + len(self.chosen))).tocsc(),
+            permc_spec="MMD_AT_PLUS_A",
+            diag_pivot_thresh=0.01,
+            options={"SymmetricMode": True},
+        )
+
+    def solve(self, first: Tensor, second: Tensor, *, transpose: bool, refine: bool) -> tuple[Tensor, Tensor, Tensor]:
+        device, kept = first.device, torch.as_tensor(self.chosen, device=first.device)
+        rhs = torch.cat([first, second[..., kept]], -1)[:, 0].mT
+        system = self.system.T if transpose else self.system
+
+        def times(z: Tensor) -> Tensor:
+            return torch.as_tensor(system @ z[0].cpu().numpy(), device=device).unsqueeze(0)
+
+        def invert(r: Tensor) -> Tensor:
+            return torch.as_tensor(self.lu.solve(r[0].cpu().numpy(), "T" if transpose else "N"), device=device).unsqueeze(0)
+
+        solved, residual = _proximal_point(times, invert, rhs[None]) if refine else (invert(rhs[None]), rhs.new_zeros(1, len(first)))
+        solved = solved[0].mT.unsqueeze(1)
+        unknowns = torch.zeros_like(second)
+        unknowns[..., kept] = solved[..., self.n :]
+        return solved[..., : self.n], unknowns, residual.T
+
+
+def _scipy(pattern: Pattern, values: Tensor) -> Any:
+    import scipy.sparse
+
+    entries = (values.cpu().numpy(), (pattern.rows.cpu().numpy(), pattern.columns.cpu().numpy()))
+    return scipy.sparse.coo_array(entries, shape=pattern.shape).tocsr()
+
+
+def _block_diagonal(spectrum: Spectrum, size: int) -> Any:
+    """Q of one element as a sparse matrix."""
+    import scipy.sparse
+
+    parts, start = [], 0
+    for block, basis in spectrum.bases:
+        parts += [scipy.sparse.eye_array(block.start - start), *basis[0].cpu().numpy()]
+        start = block.start + block.count * block.dim
+    return scipy.sparse.block_diag([part for part in [*parts, scipy.sparse.eye_array(size - start)] if part.shape[0]], format="csr")
 
 
 def _proximal_point(times: Callable[[Tensor], Tensor], solve: Callable[[Tensor], Tensor], rhs: Tensor) -> tuple[Tensor, Tensor]:

@@ -15,7 +15,7 @@ __all__ = ["KINDS", "Known", "known"]
 # Each kind of cone, and all of them together, with enough unknowns for multipliers to be unique.
 KINDS: dict[str, tuple[Cones, int]] = {
     "linear": (Cones(zero=2, nonneg=4), 6),
-    "second order": (Cones(zero=1, nonneg=2, soc=(3, 4, 4)), 8),
+    "second order": (Cones(zero=1, nonneg=2, soc=(3, 4, 4)), 10),
     "semidefinite": (Cones(zero=1, psd=(3, 2)), 8),
     "exponential": (Cones(nonneg=1, exp=3), 10),
     "power": (Cones(zero=1, pow=(0.3, 0.6)), 7),
