@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import argparse
 
-from benchmarks import core, qp
+from benchmarks import cones, core, qp
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--short", action="store_true", help="a smoke run")
     short = parser.parse_args().short
     qp.main(short=short)
+    cones.main(short=short)
     core.main(short=short)
