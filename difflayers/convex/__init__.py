@@ -5,5 +5,6 @@ from __future__ import annotations
 from .cone import Cones, ConeSolution, solve_cone
 from .cvxpy_layer import CvxpyLayer, CvxpySolution
 from .qp import QPLayer, QPSolution, solve_qp
+from .solver_interface import cvxpylayers_solver
 
-__all__ = ["ConeSolution", "Cones", "CvxpyLayer", "CvxpySolution", "QPLayer", "QPSolution", "solve_cone", "solve_qp"]
+__all__ = ["ConeSolution", "Cones", "CvxpyLayer", "CvxpySolution", "QPLayer", "QPSolution", "cvxpylayers_solver", "solve_cone", "solve_qp"]

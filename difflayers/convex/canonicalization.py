@@ -26,7 +26,7 @@ from ..errors import DiffLayersError, MissingExtraError
 from .cone_geometry import Cones, triangle
 from .cone_program import Pattern
 
-__all__ = ["AffineMap", "Canonical", "canonicalize", "canonicalizer", "cones_of"]
+__all__ = ["AffineMap", "Canonical", "canonicalize", "canonicalizer", "cones_of", "split_rows", "square_pattern"]
 
 
 class AffineMap(NamedTuple):
@@ -230,23 +230,44 @@ def _entries(reduced: Any) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _square(reduced: Any, n: int) -> tuple[Pattern | None, AffineMap | None]:
+    pattern = square_pattern(reduced, n)
+    return (None, None) if pattern is None else (pattern, _affine(reduced.reduced_mat.tocsr()))
+
+
+def square_pattern(reduced: Any, n: int) -> Pattern | None:
+    """The pattern of P, None where the objective is linear.
+
+    Args:
+        reduced: CVXPY's reduced matrix.
+        n: the unknowns.
+    """
     if reduced is None or reduced.reduced_mat is None or reduced.problem_data_index is None or reduced.reduced_mat.shape[0] == 0:
-        return None, None
+        return None
     rows, columns = _entries(reduced)
-    return Pattern(torch.as_tensor(rows), torch.as_tensor(columns), (n, n)), _affine(reduced.reduced_mat.tocsr())
+    return Pattern(torch.as_tensor(rows), torch.as_tensor(columns), (n, n))
 
 
 def _rows(reduced: Any, n: int, m: int) -> tuple[Pattern, AffineMap, AffineMap]:
     """A and b: CVXPY says (A, b) (x, 1) ∈ K, where here the slack is b − A x."""
-    rows, columns = _entries(reduced)
+    pattern, inside, where = split_rows(reduced, n, m)
     matrix = reduced.reduced_mat.tocsr()
+    A_map = _affine(-matrix[inside.numpy()])
+    beside = _affine(matrix[(~inside).numpy()])
+    constant = torch.zeros(m, dtype=torch.float64).index_add(0, where, beside.constant)
+    return pattern, A_map, AffineMap(where[beside.rows], beside.columns, beside.entries, constant)
+
+
+def split_rows(reduced: Any, n: int, m: int) -> tuple[Pattern, Tensor, Tensor]:
+    """The pattern of A, which entries of CVXPY's (A, b) belong to it, and the rows of the others.
+
+    Args:
+        reduced: CVXPY's reduced matrix.
+        n: the unknowns.
+        m: the rows.
+    """
+    rows, columns = (torch.as_tensor(part) for part in _entries(reduced))
     inside = columns < n
-    A_map = _affine(-matrix[inside.nonzero()[0]])
-    beside = _affine(matrix[(~inside).nonzero()[0]])
-    where = torch.as_tensor(rows[~inside])
-    b_map = AffineMap(where[beside.rows], beside.columns, beside.entries, torch.zeros(m, dtype=torch.float64))
-    b_map = b_map._replace(constant=b_map.constant.index_add(0, where, beside.constant))
-    return Pattern(torch.as_tensor(rows[inside]), torch.as_tensor(columns[inside]), (m, n)), A_map, b_map
+    return Pattern(rows[inside], columns[inside], (m, n)), inside, rows[~inside]
 
 
 def _recovery(how: Any, owner: tuple[Any, int] | None) -> Recovery:

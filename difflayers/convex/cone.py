@@ -68,7 +68,7 @@ def solve_cone(
         tol: largest residual of the optimality conditions of a solved element, relative to 1 + the size of their terms.
             None: 1e-8 (float64), 1e-6 (float32).
         max_iter: the solver's iterations; None: its own limit.
-        warm_start: the solution of a similar problem, for a solver that can start from one (SCS).
+        warm_start: the solution of a similar problem, for a solver that can start from one ("SCS", "QP").
         on_failure: ``"raise"``, ``"nan"`` (failed elements are NaN and have zero gradient) or ``"warn"`` (best iterate).
 
     Returns:
@@ -130,11 +130,11 @@ def solve_rows(
         duals: whether y is wanted.
 
     Returns:
-        x, y (or None), status, residual, iterations; x and y are differentiable.
+        x, y (or None), status, residual, iterations, and the rows (x, s − y) for another start; x and y are differentiable.
     """
     x, v, status, primal, dual, _, iterations = _solve(structure, theta, options, start)
     y = project(structure.cones, v) - v if duals else None
-    return [x, y, status, torch.maximum(primal, dual), iterations]
+    return [x, y, status, torch.maximum(primal, dual), iterations, torch.cat([x, v], -1).detach()]
 
 
 def _solve(structure: Structure, theta: Sequence[Tensor | None], options: ConeOptions, start: Tensor | None) -> list[Tensor]:

@@ -25,12 +25,12 @@ from torch import Tensor
 from ..errors import ConvergenceWarning, MissingExtraError
 from ..solution import Status
 from .cone_geometry import Cones, project
-from .qp import solve_qp
+from .qp import QPSolution, solve_qp
 
 if TYPE_CHECKING:
     from .cone_program import Pattern
 
-__all__ = ["ACCURACY", "IGNORED", "Found", "Program", "automatic_solver", "known_solver", "solve_programs"]
+__all__ = ["ACCURACY", "IGNORED", "Found", "Program", "automatic_solver", "known_solver", "lower_triangles", "solve_programs"]
 
 
 # Unknowns and rows of a quadratic program up to which the dense engine is the faster one.
@@ -113,7 +113,7 @@ def solve_programs(
         start: rows (x, s − y) to start from, for a solver that can.
     """
     if solver == "QP":
-        return _quadratic(program, solver_args, tol, max_iter)
+        return _quadratic(program, solver_args, tol, max_iter, start)
     device = program.q.device
     data = _arrays(program)
     given = np.concatenate([data.P_values, data.q, data.A_values, data.b], -1)
@@ -143,7 +143,7 @@ def _triples(start: Tensor, program: Program) -> tuple[np.ndarray, ...]:
     return tuple(part.cpu().numpy() for part in (x, s, s - v))
 
 
-def _quadratic(program: Program, solver_args: dict[str, Any], tol: float, max_iter: int | None) -> Found:
+def _quadratic(program: Program, solver_args: dict[str, Any], tol: float, max_iter: int | None, start: Tensor | None) -> Found:
     """The dense engine for quadratic programs, all the batch at once."""
     zero, P = program.cones.zero, None
     matrix = program.A_pattern.dense(program.A)
@@ -152,9 +152,15 @@ def _quadratic(program: Program, solver_args: dict[str, Any], tol: float, max_it
     rows = (matrix[..., zero:, :], program.b[..., zero:]) if program.cones.nonneg else (None, None)
     equations = (matrix[..., :zero, :], program.b[..., :zero]) if zero else (None, None)
     accuracy = min([tol, *(float(value) for name, value in solver_args.items() if name in ACCURACY)])
+    warm = None
+    if start is not None:
+        x, v = start[:, : program.q.shape[-1]], start[:, program.q.shape[-1] :]
+        none = torch.zeros(len(x), dtype=torch.int64, device=x.device)
+        warm = QPSolution(x, -v[:, :zero], (-v[:, zero:]).clamp(min=0), None, none, *x.new_zeros(3, len(x)), none)
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore", ConvergenceWarning)
-        found = solve_qp(P, program.q, *rows, *equations, tol=max(accuracy, 1e-12), max_iter=max_iter, on_failure="warn")
+        accuracy = max(accuracy, 1e-12)
+        found = solve_qp(P, program.q, *rows, *equations, tol=accuracy, max_iter=max_iter, warm_start=warm, on_failure="warn")
     y = torch.cat([found.y, found.z], -1)
     slack = program.b - (matrix @ found.x.unsqueeze(-1)).squeeze(-1)
     # A row with a multiplier is active: its slack is zero but for rounding.
@@ -261,7 +267,7 @@ def _scs(
     cones = data.cones
     sizes = {"z": cones.zero, "l": cones.nonneg, "q": list(cones.soc), "s": list(cones.psd), "ep": cones.exp, "p": list(cones.pow)}
     meaning = {1: Status.SOLVED, -1: Status.DUAL_INFEASIBLE, -2: Status.PRIMAL_INFEASIBLE}
-    order = _lower_triangles(cones)
+    order = lower_triangles(cones)
     back = np.argsort(order)
 
     def solve(i: int) -> _Answer:
@@ -278,7 +284,7 @@ def _scs(
     return solve
 
 
-def _lower_triangles(cones: Cones) -> np.ndarray:
+def lower_triangles(cones: Cones) -> np.ndarray:
     """The order in which SCS takes the rows: the lower triangle column by column, which is the upper one row by row."""
     order = np.arange(cones.rows)
     start = cones.zero + cones.nonneg + sum(cones.soc)

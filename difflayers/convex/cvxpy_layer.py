@@ -103,11 +103,16 @@ class CvxpyLayer(nn.Module):
         on_failure: OnFailure = "raise",
     ) -> None:
         super().__init__()
+        if not (solver is None or isinstance(solver, str)):
+            raise TypeError(
+                f"solver={solver!r} is an object with a derivative of its own: pass it to cvxpylayers.torch.CvxpyLayer; here it is a name"
+            )
         if solver not in _CHOOSE:
             known_solver(solver)
         self.solver, self.gp, self.verbose = solver, gp, verbose
         self.solver_args = dict(solver_args or {})
         self.on_failure: OnFailure = on_failure
+        self._last: Tensor | None = None
         self.canonical = canonicalize(
             problem,
             parameters,
@@ -118,12 +123,13 @@ class CvxpyLayer(nn.Module):
             quadratic=solver not in (None, "DIFFCP"),
         )
 
-    def forward(self, *params: Tensor, solver_args: dict[str, Any] | None = None) -> tuple[Tensor, ...]:
+    def forward(self, *params: Tensor, solver_args: dict[str, Any] | None = None, warm_start: bool = False) -> tuple[Tensor, ...]:
         """The variables at the solution.
 
         Args:
             params: one tensor for each parameter, of its shape or with one batch dimension in front; what has none is shared.
             solver_args: settings for this call, in addition to those of the layer.
+            warm_start: begin at the layer's last solution, if it was of the same batch and the solver can (the dense engine, SCS).
 
         Returns:
             One tensor for each variable, with the batch dimension if any parameter has it.
@@ -132,15 +138,22 @@ class CvxpyLayer(nn.Module):
             ValueError: wrong number or shapes of tensors.
             InfeasibleError, UnboundedError, NotConvergedError: some elements have no solution (``on_failure="raise"``).
         """
-        return self.solve(*params, solver_args=solver_args).values
+        return self.solve(*params, solver_args=solver_args, warm_start=warm_start).values
 
     @eager
-    def solve(self, *params: Tensor, solver_args: dict[str, Any] | None = None, on_failure: OnFailure | None = None) -> CvxpySolution:
+    def solve(
+        self,
+        *params: Tensor,
+        solver_args: dict[str, Any] | None = None,
+        warm_start: bool = False,
+        on_failure: OnFailure | None = None,
+    ) -> CvxpySolution:
         """As ``forward``, with status, residual and iterations.
 
         Args:
             params: as in ``forward``.
             solver_args: as in ``forward``.
+            warm_start: as in ``forward``.
             on_failure: for this call; None is the layer's.
         """
         canonical = self.canonical
@@ -151,7 +164,7 @@ class CvxpyLayer(nn.Module):
         theta = [None if each is None else each.to(row.device)(row) for each in canonical.maps]
         on_failure = self.on_failure if on_failure is None else on_failure
         try:
-            x, y, *diagnostics = self._solve(theta, {**self.solver_args, **(solver_args or {})}, dtype, on_failure)
+            x, y, *diagnostics = self._solve(theta, {**self.solver_args, **(solver_args or {})}, warm_start, dtype, on_failure)
         except SolveError as error:
             solution = error.solution
             if hasattr(solution, "x"):
@@ -160,13 +173,19 @@ class CvxpyLayer(nn.Module):
             raise _also_diffcp(type(error))(str(error), solution=solution, indices=error.indices) from None
         return self._recover(x, y, *diagnostics, dtype)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the last solution, which belongs to this process."""
+        return {**self.__dict__, "_last": None}
+
     def extra_repr(self) -> str:
         """The sizes of the canonical program, and the options."""
         shown = [f"unknowns={self.canonical.A.shape[1]}", f"rows={self.canonical.A.shape[0]}", f"on_failure={self.on_failure!r}"]
         shown += [f"{name}={value!r}" for name, value in (("solver", self.solver), ("solver_args", self.solver_args)) if value]
         return ", ".join(shown + (["gp=True"] if self.gp else []))
 
-    def _solve(self, theta: list[Tensor | None], solver_args: dict[str, Any], dtype: torch.dtype, on_failure: OnFailure) -> list[Any]:
+    def _solve(
+        self, theta: list[Tensor | None], solver_args: dict[str, Any], warm_start: bool, dtype: torch.dtype, on_failure: OnFailure
+    ) -> list[Any]:
         """x, y, status, residual and iterations."""
         canonical = self.canonical
         device = _device(theta)
@@ -184,9 +203,14 @@ class CvxpyLayer(nn.Module):
         # The dense engine has no settings but an accuracy: who sets more means a solver.
         simple = limit is None and not self.verbose and not set(solver_args) - IGNORED - ACCURACY
         name = name or (automatic_solver(canonical.cones, canonical.A.shape[1]) if simple else "CLARABEL")
-        options = ConeOptions(tol, limit, name, solver_args, on_failure, False, "CvxpyLayer", lenient=True)
+        start = self._last if warm_start and self._last is not None and self._last.shape[:-1] == structure.batch else None
+        start = None if start is None or not bool(start.isfinite().all()) else start.to(device)
+        options = ConeOptions(tol, limit, name, solver_args, on_failure, start is not None, "CvxpyLayer", lenient=True)
         needs_duals = any(recovery.dual for recovery in canonical.recoveries)
-        return solve_rows(structure, theta, options, duals=needs_duals)
+        *found, point = solve_rows(structure, theta, options, start=start, duals=needs_duals)
+        if not torch._C._functorch.is_functorch_wrapped_tensor(point):
+            self._last = point
+        return found
 
     def _recover(
         self, x: Tensor, y: Tensor | None, status: Tensor, residual: Tensor, iterations: Tensor, dtype: torch.dtype

@@ -330,3 +330,21 @@ def test_the_layer_agrees_with_cvxpylayers(shared: bool) -> None:
     torch.testing.assert_close(found, true, atol=1e-6, rtol=1e-6)
     for slope, exact in zip(grad(found.pow(2).sum(), values), grad(true.pow(2).sum(), values), strict=True):
         assert relative_error(slope, exact) < 1e-4
+
+
+@pytest.mark.parametrize("solver", [None, "SCS", "CLARABEL"])
+def test_warm_start(solver: str | None) -> None:
+    layer = simplex(solver=solver)
+    points = torch.randn(4, 3, generator=torch.Generator().manual_seed(0)).double()
+    cold = layer.solve(points)
+    warm = layer.solve(points, warm_start=True)
+    torch.testing.assert_close(warm.values[0], cold.values[0], atol=1e-9, rtol=1e-9)
+    if solver == "SCS":
+        assert bool((warm.iterations < cold.iterations).all())
+    assert layer(points[0], warm_start=True)[0].shape == (3,)  # of another batch: a cold start
+    assert pickle.loads(pickle.dumps(layer))(points[0], warm_start=True)[0].shape == (3,)
+
+
+def test_objects_as_solvers_are_refused() -> None:
+    with pytest.raises(TypeError, match="a derivative of its own"):
+        simplex(solver=object())
