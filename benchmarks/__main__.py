@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from benchmarks import cones, core, qp
+from benchmarks import cones, core, projections, qp
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
@@ -13,3 +13,4 @@ if __name__ == "__main__":
     qp.main(short=short)
     cones.main(short=short)
     core.main(short=short)
+    projections.main(short=short)

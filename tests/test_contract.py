@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from tests.contract import CHECKS, applies
 from tests import layers
+from tests.contract import CHECKS, applies
 from tests.layers import Layer
 from tests.layers_cones import CONES
 from tests.layers_projections import PROJECTIONS

@@ -1,10 +1,24 @@
-"""Convex optimization as layers: quadratic and conic programs, and problems written in CVXPY."""
+"""Convex optimization as layers: quadratic and conic programs, problems written in CVXPY, and projections on convex sets."""
 
 from __future__ import annotations
 
+from . import projections
 from .cone import Cones, ConeSolution, solve_cone
 from .cvxpy_layer import CvxpyLayer, CvxpySolution
+from .projections import Projection
 from .qp import QPLayer, QPSolution, solve_qp
 from .solver_interface import cvxpylayers_solver
 
-__all__ = ["ConeSolution", "Cones", "CvxpyLayer", "CvxpySolution", "QPLayer", "QPSolution", "cvxpylayers_solver", "solve_cone", "solve_qp"]
+__all__ = [
+    "ConeSolution",
+    "Cones",
+    "CvxpyLayer",
+    "CvxpySolution",
+    "Projection",
+    "QPLayer",
+    "QPSolution",
+    "cvxpylayers_solver",
+    "projections",
+    "solve_cone",
+    "solve_qp",
+]

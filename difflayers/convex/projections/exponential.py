@@ -32,7 +32,7 @@ _STEEPEST = 700.0
 
 
 @eager
-def projection_exponential_cone(x: Tensor) -> Tensor:
+def projection_exponential_cone(x: Tensor, hyperparams: None = None) -> Tensor:
     """The nearest point of cl{(x, y, z) : y > 0, y exp(x / y) ≤ z}.
 
     Exact to rounding: a bracketed Newton method for the one root, in float64. On the boundary of the cone the derivative is that of
@@ -40,6 +40,7 @@ def projection_exponential_cone(x: Tensor) -> Tensor:
 
     Args:
         x: ``(*batch, 3)``, rows (x, y, z).
+        hyperparams: not used; the place where other projections have their parameters.
 
     Returns:
         ``(*batch, 3)``. A row that is not finite gives NaN.
@@ -52,9 +53,9 @@ def projection_exponential_cone(x: Tensor) -> Tensor:
         >>> from difflayers.convex.projections import projection_exponential_cone
         >>> point = projection_exponential_cone(torch.tensor([1.0, 1.0, 1.0]))
         >>> point
-        tensor([0.6123, 1.1124, 1.9289])
+        tensor([0.4263, 0.7517, 1.3254])
         >>> point[1] * torch.exp(point[0] / point[1])
-        tensor(1.9289)
+        tensor(1.3254)
     """
     check_rows(x, "x", size=3)
     r, s, t = x.to(torch.float64).split(1, -1)

@@ -55,7 +55,7 @@ def projection_power_cone(x: Tensor, alpha: Tensor | float = 0.5) -> Tensor:
         >>> import torch
         >>> from difflayers.convex.projections import projection_power_cone
         >>> projection_power_cone(torch.tensor([0.0, 0.0, 2.0]), 0.5)
-        tensor([0.7071, 0.7071, 1.0000])
+        tensor([0.6667, 0.6667, 0.6667])
     """
     check_rows(x, "x", size=3)
     if not isinstance(alpha, Tensor):

@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 
 from ...implicit.closure import visible_to_modes
-from ...implicit.function import Problem, solve_implicitly
+from ...implicit.function import solve_implicitly
 from ...implicit.methods import LinearMethod
 from ...solution import Solution, Status
+from .broadcasting import BroadcastingProblem
 
 __all__ = ["Equation", "scalar_root"]
 
@@ -50,15 +51,15 @@ def scalar_root(equation: Equation, *theta: Tensor) -> Tensor:
     Returns:
         ``(*batch, 1)``.
     """
-    problem = _ScalarRoot(equation, theta[0].dim() - 1)
-    start, *theta = visible_to_modes([torch.zeros_like(theta[0]), *theta])
-    return solve_implicitly(problem, start, theta).x
+    problem = _ScalarRoot(equation, theta[0].dim() - 1, len(theta))
+    start, *parts = visible_to_modes([torch.zeros_like(theta[0]), *theta])
+    return solve_implicitly(problem, start, parts).x
 
 
-class _ScalarRoot(Problem):
-    def __init__(self, equation: Equation, batch_ndim: int) -> None:
+class _ScalarRoot(BroadcastingProblem):
+    def __init__(self, equation: Equation, batch_ndim: int, count: int) -> None:
         super().__init__(equation.residual, _find_nothing, LinearMethod(), batch_ndim=batch_ndim)
-        self.equation = equation
+        self.equation, self.core_ndims = equation, (1,) * count
 
     def find(self, x0: Tensor, theta: Sequence[Any]) -> Solution:
         u, steps = _bracketed_newton(self.equation, [part.expand_as(x0).flatten() for part in theta])
@@ -75,16 +76,15 @@ class _ScalarRoot(Problem):
         status = torch.full(rhs.shape[:-1], int(Status.SOLVED), device=rhs.device)
         return Solution(solved, status, rhs.new_zeros(rhs.shape[:-1]), status.clone())
 
-    def batched(self, in_dims: tuple[int | None, ...], size: int, randomness: str) -> Problem:
-        # The equation works entry by entry: its arguments broadcast by themselves.
-        return self._batched.setdefault((size,), _ScalarRoot(self.equation, self.batch_ndim + 1))
+    def deeper(self) -> _ScalarRoot:
+        return _ScalarRoot(self.equation, self.batch_ndim + 1, len(self.core_ndims))
 
 
 def _bracketed_newton(equation: Equation, theta: list[Tensor]) -> tuple[Tensor, Tensor]:
     """The roots ``(N,)`` and the steps that each took."""
     lower, upper = equation.bracket(*theta)
     eps = torch.finfo(lower.dtype).eps
-    u = torch.where((lower < 0) & (upper > 0), 0, lower / 2 + upper / 2)
+    u = torch.where((lower < 0) & (upper > 0), 0, _between(lower, upper))
     last = before_last = upper - lower
     roots, steps = u.clone(), torch.zeros(u.shape, dtype=torch.int64, device=u.device)
     rows = torch.arange(len(u), device=u.device)
@@ -94,7 +94,7 @@ def _bracketed_newton(equation: Equation, theta: list[Tensor]) -> tuple[Tensor, 
         lower, upper = torch.where(value <= 0, u, lower), torch.where(value >= 0, u, upper)
         newton = u - value / slope
         good = (newton >= lower) & (newton <= upper) & ((newton - u).abs() <= before_last.abs() / 2)
-        proposed = torch.where(good, newton, lower / 2 + upper / 2)
+        proposed = torch.where(good, newton, _between(lower, upper))
         # At the rounding level of the equation the step is noise, and worth taking only if it is Newton's.
         ended = value.abs() <= eps * size
         proposed = torch.where(ended & ~good, u, proposed)
@@ -106,6 +106,11 @@ def _bracketed_newton(equation: Equation, theta: list[Tensor]) -> tuple[Tensor, 
             break
         rows, u, lower, upper, last, before_last, *theta = (part[running] for part in (rows, u, lower, upper, last, before_last, *theta))
     return roots, steps
+
+
+def _between(lower: Tensor, upper: Tensor) -> Tensor:
+    """The middle of a bracket that may be hundreds wide around a root near zero: half-way in asinh, the logarithm of what is large."""
+    return torch.maximum(lower, torch.minimum(torch.sinh((torch.asinh(lower) + torch.asinh(upper)) / 2), upper))
 
 
 def _find_nothing(*_: Any) -> Any:

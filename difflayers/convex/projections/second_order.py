@@ -17,13 +17,14 @@ from .arguments import check_rows
 __all__ = ["projection_second_order_cone"]
 
 
-def projection_second_order_cone(x: Tensor) -> Tensor:
+def projection_second_order_cone(x: Tensor, hyperparams: None = None) -> Tensor:
     """The nearest point of {(t, x) : ‖x‖₂ ≤ t}, with t first.
 
     On the boundary of the cone the derivative is that of the inside (the identity), on the boundary of the polar cone it is zero.
 
     Args:
         x: ``(*batch, n)``, rows (t, x) with n ≥ 1.
+        hyperparams: not used; the place where other projections have their parameters.
 
     Returns:
         ``(*batch, n)``.

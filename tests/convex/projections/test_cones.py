@@ -20,6 +20,7 @@ from difflayers.convex.projections import (
     projection_second_order_cone,
 )
 from difflayers.errors import ShapeError
+from difflayers.implicit import implicit_root
 from tests.convex.projections.checks import rows, wide_rows
 
 Projection = Callable[[Tensor], Tensor]
@@ -192,20 +193,38 @@ def test_psd_matches_the_clamped_eigenvalues() -> None:
 def test_psd_with_repeated_eigenvalues(eigenvalues: tuple[float, ...]) -> None:
     Q = torch.linalg.qr(rows(5, 5, seed=9)).Q
     X = ((Q * torch.tensor(eigenvalues, dtype=torch.float64)) @ Q.mT).requires_grad_()
-    assert gradcheck(projection_psd_cone, X, check_forward_ad=True)
-    assert gradgradcheck(projection_psd_cone, X, check_fwd_over_rev=True)
+    assert gradcheck(projection_psd_cone, X, check_forward_ad=True, fast_mode=True)
+    assert gradgradcheck(projection_psd_cone, X, check_fwd_over_rev=True, fast_mode=True)
 
 
-def test_psd_first_derivative_is_the_loewner_formula() -> None:
-    Q = torch.linalg.qr(rows(4, 4, seed=10)).Q
-    values = torch.tensor([2.0, 0.5, 0.5, -1.0], dtype=torch.float64)
-    H = rows(4, 4, seed=11)
+@pytest.mark.parametrize("least", [0.5, 1e-6, 1e-12, 1e-100])
+def test_psd_first_derivative_is_the_loewner_formula(least: float) -> None:
+    # However near to zero eigenvalues of both signs are.
+    values = torch.tensor([2.0, 0.5, 0.5, least, -least, -1.0], dtype=torch.float64)
+    H = rows(6, 6, seed=11)
     H = H + H.mT
     plus, gap = values.clamp(min=0), values[:, None] - values
     omega = torch.where(gap == 0, (values > 0).double()[:, None], (plus[:, None] - plus) / torch.where(gap == 0, 1, gap))
-    exact = Q @ (omega * (Q.mT @ H @ Q)) @ Q.mT
-    pushed = torch.func.jvp(projection_psd_cone, ((Q * values) @ Q.mT,), (H,))[1]
-    torch.testing.assert_close(pushed, exact, rtol=0, atol=1e-13)
+    pushed = torch.func.jvp(projection_psd_cone, (torch.diag(values),), (H,))[1]
+    torch.testing.assert_close(pushed, omega * H, rtol=0, atol=1e-14)
+    if least == 0.5:
+        Q = torch.linalg.qr(rows(6, 6, seed=10)).Q
+        pushed = torch.func.jvp(projection_psd_cone, ((Q * values) @ Q.mT,), (H,))[1]
+        torch.testing.assert_close(pushed, Q @ (omega * (Q.mT @ H @ Q)) @ Q.mT, rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize("eigenvalues", [(2.0, 1.0, 0.0, 0.0), (1.0, 0.0, 0.0, -1.0), (0.0, 0.0, -1.0, -2.0), (0.0, 0.0, 0.0, 0.0)])
+def test_psd_without_full_rank(eigenvalues: tuple[float, ...]) -> None:
+    Q = torch.linalg.qr(rows(4, 4, seed=12)).Q
+    X = (Q * torch.tensor(eigenvalues, dtype=torch.float64)) @ Q.mT
+    jacobian = jacrev(projection_psd_cone)(X).reshape(16, 16)
+    torch.testing.assert_close(jacobian, jacobian.mT, rtol=0, atol=1e-12)
+    values = torch.linalg.eigvalsh(jacobian)
+    assert values.min() >= -1e-12
+    assert values.max() <= 1 + 1e-12
+    projected = projection_psd_cone(X)
+    assert (torch.linalg.eigvalsh(projected) >= -1e-14).all()
+    torch.testing.assert_close(projection_psd_cone(projected), projected, rtol=0, atol=1e-14)
 
 
 def test_power_cone_in_its_exponent() -> None:
@@ -214,9 +233,23 @@ def test_power_cone_in_its_exponent() -> None:
     shared = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
     own = torch.tensor([0.1, 0.3, 0.5, 0.7, 0.9], dtype=torch.float64, requires_grad=True)
     for alpha in (shared, own):
-        assert gradcheck(projection_power_cone, (v, alpha), check_forward_ad=True)
+        assert gradcheck(projection_power_cone, (v, alpha), check_forward_ad=True, fast_mode=True)
         assert gradgradcheck(projection_power_cone, (v, alpha), check_fwd_over_rev=True, fast_mode=True)
     assert projection_power_cone(v[0], own).shape == (5, 3)
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] if "power" in name else []) for name in ROWS])
+def test_in_the_residual_of_a_root(name: str) -> None:
+    def residual(x: Tensor, theta: Tensor) -> Tensor:
+        return x - ROWS[name](theta - 0.5 * x)
+
+    def call(theta: Tensor) -> Tensor:
+        return implicit_root(residual, batch_ndim=1)(torch.zeros_like(theta), theta)
+
+    theta = rows(2, 3, seed=13).requires_grad_()
+    assert gradcheck(call, theta, check_forward_ad=True, fast_mode=True)
+    assert gradgradcheck(call, theta, check_fwd_over_rev=True, fast_mode=True)
+    torch.testing.assert_close(vmap(call)(theta.unsqueeze(1)).squeeze(1), call(theta))
 
 
 def test_refusals() -> None:
