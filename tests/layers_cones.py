@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 
 import cvxpy as cp
@@ -148,7 +147,6 @@ class _First(nn.Module):
         return self.layer(*inputs)[0]
 
 
-@functools.cache
 def _markowitz() -> CvxpyLayer:
     """The return of three assets at a bounded risk; what is not invested earns nothing."""
     returns, loadings, risk = cp.Parameter(3), cp.Parameter((2, 3)), cp.Parameter()
@@ -158,8 +156,10 @@ def _markowitz() -> CvxpyLayer:
 
 
 def _portfolio() -> Layer:
+    layer = _markowitz()
+
     def call(*inputs: Tensor, **options: str) -> Tensor:
-        return _markowitz().solve(*inputs, **options).values[0]
+        return layer.solve(*inputs, **options).values[0]
 
     def infeasible(returns: Tensor, loadings: Tensor, risk: Tensor) -> Inputs:
         return returns, loadings, -torch.ones_like(risk)
@@ -173,7 +173,7 @@ def _portfolio() -> Layer:
             Failure("infeasible", infeasible, InfeasibleError, (Status.PRIMAL_INFEASIBLE,)),
             Failure("NaN", lambda a, b, c: (a * torch.nan, b, c), NotConvergedError, (Status.NUMERICAL_ERROR,)),
         ),
-        module=lambda: _First(_markowitz()),
+        module=lambda: _First(layer),
         heavy=True,
     )
 
