@@ -34,6 +34,8 @@ __all__ = ["ConeFactor"]
 
 # The shift δ, relative to the largest entry of M: it moves singular values above √ε nowhere, and conditions the others.
 _SHIFT = 1e-9
+# A pivot below this share of the largest one may be nothing but the shift.
+_REGULAR = 1e-6
 _REFINEMENTS = 6
 _ENOUGH = 1e-14
 _NEARLY_ENOUGH = 1e-12
@@ -75,6 +77,11 @@ class ConeFactor:
             w = torch.where(low, nu / safe_root, (second - self.spectrum.rotate(self._times(x))) / safe)
         solved = torch.cat([x, self.spectrum.rotate(w, back=True)], -1)
         return solved.reshape(*lead, *solved.shape[1:]), residual.reshape(*lead, -1)
+
+    @property
+    def regular(self) -> bool:
+        """Whether the systems are regular; only then does refinement with this factor say what the system nearby has for a solution."""
+        return self.system.regular
 
     def solve_nearby(self, nearby: Spectrum, rhs: Tensor, *, transpose: bool) -> tuple[Tensor, Tensor]:
         """The same for the Jacobian at another point, of which only the spectrum is known: iterative refinement with this factor."""
@@ -135,6 +142,11 @@ class _Chunks:
         self.slices = [slice(i, min(i + step, count)) for i in range(0, count, step)]
         self.systems = [_Sparse(parts.rows(each)) if sparse else _Dense(parts.rows(each), kept) for each in self.slices]
 
+    @property
+    def regular(self) -> bool:
+        """Whether no element has a pivot that is as small as the shift."""
+        return all(system.regular for system in self.systems)
+
     def solve(self, first: Tensor, second: Tensor, *, transpose: bool, refine: bool) -> tuple[Tensor, ...]:
         """Solve M (x, ν) = (first, second), or with Mᵀ, for rows ``(columns, batch, ...)``; also the relative residuals."""
         solved = [
@@ -171,6 +183,8 @@ class _Dense:
             shifted.diagonal(dim1=-2, dim2=-1).add_(_SHIFT * largest.unsqueeze(-1))
             system = shifted
         self.lu, self.pivots, _ = torch.linalg.lu_factor_ex(system)
+        pivots = self.lu.diagonal(dim1=-2, dim2=-1).abs()
+        self.regular = bool((pivots > _REGULAR * pivots.amax(-1, keepdim=True)).all()) if n + kept else True
 
     def solve(self, first: Tensor, second: Tensor, *, transpose: bool, refine: bool) -> tuple[Tensor, Tensor, Tensor]:
         chosen = self.chosen.expand(len(second), *self.chosen.shape)
@@ -214,6 +228,8 @@ class _Sparse:
             diag_pivot_thresh=0.01,
             options={"SymmetricMode": True},
         )
+        pivots = abs(self.lu.U.diagonal())
+        self.regular = bool((pivots > _REGULAR * pivots.max()).all())
 
     def solve(self, first: Tensor, second: Tensor, *, transpose: bool, refine: bool) -> tuple[Tensor, Tensor, Tensor]:
         device, kept = first.device, torch.as_tensor(self.chosen, device=first.device)
@@ -257,7 +273,7 @@ def _proximal_point(times: Callable[[Tensor], Tensor], solve: Callable[[Tensor],
     scale = torch.where(scale > 0, scale, 1.0)
     solved, residual = _refine(times, solve, rhs, scale)
     measure = residual.norm(dim=-2, keepdim=True) / scale
-    lost = measure > 1e-9
+    lost = measure > 2 * _ENOUGH
     if bool(lost.any()):
         # What refinement does not move is the part in the kernel; without it the system has a solution.
         consistent, _ = _refine(times, solve, rhs - residual, scale)

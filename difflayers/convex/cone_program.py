@@ -300,7 +300,7 @@ class ConeProblem(Problem):
                 now = [torch.where(better, after, before) for before, after in zip(now, trial, strict=True)]
                 if not bool((better & (now[0] > goal)).any()):
                     break
-            if len(rows) == len(point):
+            if len(rows) == len(point) and factor.regular:
                 self._nearby = factor
             wanted = wanted.index_copy(0, rows, now[0] < 0.5 * measured[0][rows])
             point, slack = point.index_copy(0, rows, z), slack.index_copy(0, rows, s)
