@@ -32,18 +32,14 @@ from ..implicit.methods import LinearMethod
 from ..solution import OnFailure, Solution, Status, report_failures
 from ..solvers.linearize import vjp
 from .cone_factor import ConeFactor
-from .cone_geometry import Cones, project, project_near, spectrum
+from .cone_geometry import Cones, project, spectrum
+from .cone_polish import polish, residual_at
 from .cone_solvers import Program, solve_programs
 
 __all__ = ["ConeOptions", "ConeProblem", "ConeSolution", "Pattern", "Structure"]
 
 # A linearized system that is solved to a larger relative residual has no solution there.
 _SINGULAR_ABOVE = 1e-6
-# Newton's method on F converges in a step or two from a solver's point; if it does not, the point is degenerate. A factor serves some
-# steps: the first ones are so small that it changes little.
-_FACTORS, _STEPS = 3, 4
-# The residual at which it ends, relative to what is asked for: a derivative loses digits.
-_GOAL = 1e-4
 # Refinement with a factor made nearby is good enough below this relative residual.
 _NEARBY_BELOW = 1e-11
 
@@ -161,7 +157,9 @@ class ConeProblem(Problem):
         certain |= found.status == Status.NUMERICAL_ERROR
         if options.max_iter is not None:  # who sets a limit wants the point that it gives
             certain |= found.status == Status.MAX_ITER
-        point, slack, measured = self._polish(point, found.s, flat, ~certain)
+        polished = polish(structure, point, found.s, flat, ~certain, options.tol)
+        point, slack, measured = polished.point, polished.slack, polished.measured
+        self._nearby = polished.factor
         relative, primal, dual, gap = measured
         status = torch.where(certain, found.status, torch.where(relative <= options.tol, int(Status.SOLVED), found.status))
         # The solver's word counts for nothing where the conditions do not hold.
@@ -280,59 +278,9 @@ class ConeProblem(Problem):
             self._factor = ConeFactor(self.structure, v, s, _flat(theta, self.structure))
         return self._factor.solve(rhs, transpose=transpose)
 
-    def _polish(self, point: Tensor, slack: Tensor, theta: Sequence[Any], wanted: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
-        """Newton's steps on F for the elements whose residual is above the goal; a step that does not help is not taken."""
-        goal = _GOAL * self.options.tol
-        slack, measured = _measure(self.structure, point, slack, theta)
-        for _ in range(_FACTORS):
-            rows = (wanted & ~(measured[0] <= goal)).nonzero().squeeze(-1)
-            if len(rows) == 0:
-                break
-            part = [None if leaf is None else leaf[rows] for leaf in theta]
-            structure = self.structure._replace(batch=(len(rows),))
-            z, s, now = point[rows], slack[rows], [was[rows] for was in measured]
-            factor = ConeFactor(structure, structure.split(z)[1], s, part)
-            for _ in range(_STEPS):
-                new = z - factor.solve(_residual_at(structure, z, s, part), transpose=False)[0]
-                near, trial = _measure(structure, new, s, part)
-                better = trial[0] < 0.5 * now[0]
-                z, s = torch.where(better.unsqueeze(-1), new, z), torch.where(better.unsqueeze(-1), near, s)
-                now = [torch.where(better, after, before) for before, after in zip(now, trial, strict=True)]
-                if not bool((better & (now[0] > goal)).any()):
-                    break
-            if len(rows) == len(point) and factor.regular:
-                self._nearby = factor
-            wanted = wanted.index_copy(0, rows, now[0] < 0.5 * measured[0][rows])
-            point, slack = point.index_copy(0, rows, z), slack.index_copy(0, rows, s)
-            measured = [was.index_copy(0, rows, part) for was, part in zip(measured, now, strict=True)]
-        return point, slack, measured
-
 
 def _residual(structure: Structure, z: Tensor, *theta: Any) -> Tensor:
-    return _residual_at(structure, z, project(structure.cones, structure.split(z)[1]), theta)
-
-
-def _residual_at(structure: Structure, z: Tensor, s: Tensor, theta: Sequence[Any]) -> Tensor:
-    P, q, A, b = theta
-    x, v = structure.split(z)
-    gradient = q + structure.A.times(A, s - v, transpose=True)
-    if structure.P is not None:
-        gradient = gradient + structure.P.times(P, x)
-    return torch.cat([gradient, structure.A.times(A, x) + s - b], -1)
-
-
-def _measure(structure: Structure, z: Tensor, near: Tensor, theta: Sequence[Any]) -> tuple[Tensor, list[Tensor]]:
-    """The slack, and four residuals: the largest relative to 1 + the size of its terms, and primal, dual and duality gap, absolute."""
-    P, q, A, b = theta
-    x, v = structure.split(z)
-    s = project_near(structure.cones, v, near)
-    y = s - v
-    Px = torch.zeros_like(q) if structure.P is None else structure.P.times(P, x)
-    Aty, Ax = structure.A.times(A, y, transpose=True), structure.A.times(A, x)
-    dual, primal = _largest(Px + q + Aty), _largest(Ax + s - b)
-    gap = ((Px + q) * x).sum(-1) + (b * y).sum(-1)
-    relative = torch.maximum(dual / (1 + _largest(torch.cat([Px, q, Aty], -1))), primal / (1 + _largest(torch.cat([Ax, s, b], -1))))
-    return s, [relative, primal, dual, gap.abs()]
+    return residual_at(structure, z, project(structure.cones, structure.split(z)[1]), theta)
 
 
 def _is_plain(tensor: Tensor) -> bool:
@@ -342,10 +290,6 @@ def _is_plain(tensor: Tensor) -> bool:
     if torch._C._functorch.is_functorch_wrapped_tensor(tensor) or torch._C._functorch.is_legacy_batchedtensor(tensor):
         return False
     return forward_ad._current_level < 0 or forward_ad.unpack_dual(tensor).tangent is None
-
-
-def _largest(rows: Tensor) -> Tensor:
-    return rows.abs().amax(-1) if rows.shape[-1] else rows.new_zeros(rows.shape[:-1])
 
 
 def _flat(theta: Sequence[Any], structure: Structure) -> list[Any]:
