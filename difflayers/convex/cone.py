@@ -63,7 +63,7 @@ def solve_cone(
         b: ``(*batch, m)``.
         cones: which rows of the slack b − A x lie in which cone, in the order of :class:`Cones`.
         solver: "CLARABEL", "SCS", or "QP", the dense engine of :func:`~difflayers.convex.solve_qp` for linear constraints; "auto" takes
-            that one where they are few, and Clarabel elsewhere.
+            that one where they are few or dense, and Clarabel elsewhere.
         solver_args: settings of the solver, by its own names.
         tol: largest residual of the optimality conditions of a solved element, relative to 1 + the size of their terms.
             None: 1e-8 (float64), 1e-6 (float32).
@@ -103,7 +103,7 @@ def solve_cone(
     options = ConeOptions(
         tol=(1e-8 if double else 1e-6) if tol is None else tol,
         max_iter=max_iter,
-        solver=automatic_solver(cones, n) if solver == "auto" else solver,
+        solver=automatic_solver(cones, P_pattern, A_pattern) if solver == "auto" else solver,
         solver_args=solver_args or {},
         on_failure=on_failure,
         warm=warm_start is not None,

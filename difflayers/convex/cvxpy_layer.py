@@ -61,7 +61,7 @@ class CvxpyLayer(nn.Module):
         problem: a ``cvxpy.Problem`` that follows the DPP rules.
         parameters: its parameters, in the order of the tensors of a call.
         variables: variables of the problem, or dual variables of its constraints, to be returned.
-        solver: None chooses: the dense QP engine where the constraints are linear and few, Clarabel elsewhere. "CLARABEL" or "SCS"
+        solver: None chooses: the dense QP engine where the constraints are linear and few or dense, Clarabel elsewhere. "CLARABEL" or "SCS"
             fixes the solver. The backends of cvxpylayers (as "DIFFCP" and "MOREAU") mean None. As in cvxpylayers,
             ``quad_form(x, P)`` with a parameter P needs one by name.
         gp: the problem is a geometric program.
@@ -202,7 +202,7 @@ class CvxpyLayer(nn.Module):
         limit = limits[0] if limits else None
         # The dense engine has no settings but an accuracy: who sets more means a solver.
         simple = limit is None and not self.verbose and not set(solver_args) - IGNORED - ACCURACY
-        name = name or (automatic_solver(canonical.cones, canonical.A.shape[1]) if simple else "CLARABEL")
+        name = name or (automatic_solver(canonical.cones, canonical.P, canonical.A) if simple else "CLARABEL")
         start = self._last if warm_start and self._last is not None and self._last.shape[:-1] == structure.batch else None
         start = None if start is None or not bool(start.isfinite().all()) else start.to(device)
         options = ConeOptions(tol, limit, name, solver_args, on_failure, start is not None, "CvxpyLayer", lenient=True)

@@ -70,7 +70,7 @@ def cvxpylayers_solver(*, solver: str = "auto", tol: float = 1e-8, on_failure: O
             self, P: Tensor | None, q: Tensor, A: Tensor, dims: Any, solver_args: dict[str, Any], needs_grad: bool
         ) -> tuple[Tensor, Tensor, Any]:
             """x and y of the batch, and the graph behind them."""
-            name = automatic_solver(self.cones, self.A.shape[1]) if solver == "auto" and not solver_args else solver
+            name = automatic_solver(self.cones, self.P, self.A) if solver == "auto" and not solver_args else solver
             options = ConeOptions(tol, None, "CLARABEL" if name == "auto" else name, solver_args, on_failure, False, "cvxpylayers_solver")
             with torch.enable_grad() if needs_grad else torch.no_grad():
                 leaves = [None if part is None else part.detach().clone().requires_grad_(needs_grad) for part in (P, q, A)]
