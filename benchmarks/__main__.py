@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import argparse
 
-from benchmarks import cones, core, projections, qp
+from benchmarks import cones, core, maros_meszaros, projections, qp, sparse_qp
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--short", action="store_true", help="a smoke run")
     short = parser.parse_args().short
     qp.main(short=short)
+    sparse_qp.main(short=short)
+    maros_meszaros.main()
     cones.main(short=short)
     core.main(short=short)
     projections.main(short=short)

@@ -22,6 +22,7 @@ from difflayers.convex import QPLayer, solve_qp
 from difflayers.errors import InfeasibleError, NotConvergedError, SingularError, SolveError, UnboundedError
 from difflayers.implicit import conditions, custom_fixed_point, custom_root, implicit_fixed_point, implicit_root, linear_solve
 from difflayers.solution import Status
+from tests import layers_sparse
 from tests.reference import newton_root
 
 __all__ = ["LAYERS", "Failure", "Function", "Inputs", "Layer", "randn"]
@@ -455,6 +456,21 @@ def _qp(name: str, **fixed: Any) -> Layer:
     )
 
 
+def _sparse_qp() -> Layer:
+    return Layer(
+        "solve_qp, sparse",
+        layers_sparse.sparse_qp,
+        layers_sparse.sparse_qp_inputs,
+        reference=layers_sparse.dense_qp,
+        failures=(
+            Failure("infeasible", layers_sparse.infeasible, InfeasibleError, (Status.PRIMAL_INFEASIBLE,)),
+            Failure("unbounded", layers_sparse.unbounded, UnboundedError, (Status.DUAL_INFEASIBLE,)),
+            Failure("NaN", _nan_in(1), NotConvergedError, (Status.NUMERICAL_ERROR,)),
+        ),
+        heavy=True,
+    )
+
+
 LAYERS: tuple[Layer, ...] = (
     _square_root(),
     _vector(),
@@ -474,4 +490,5 @@ LAYERS: tuple[Layer, ...] = (
     _qp("solve_qp"),
     _qp("solve_qp, interior_point", solver="interior_point"),
     _qp("solve_qp, smoothing", smoothing=0.05),
+    _sparse_qp(),
 )

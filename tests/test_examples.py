@@ -17,6 +17,7 @@ EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 # Lines that each example prints, by its name; every {} is a finite number.
 LINES = {
     "quickstart": ["noisy {} {} {}", "total variation {} {} {}", "network alone {} {} {}", "network + layer {} {} {}"],
+    "degenerate_derivatives": ["row given 3 times: sum of multipliers {}", "smoothing=0.1: workers in the wrong job before {}"],
     "custom_root_scipy": ["one penalty, grid search {} {} {}", "penalty by distance, gradient {} {} {}"],
 }
 OPTIONS = {"quickstart": ["--seeds", "1"]}

@@ -1,4 +1,4 @@
-"""Convex optimization as layers: quadratic and conic programs, problems written in CVXPY, and projections on convex sets."""
+"""Convex optimization as layers: quadratic programs, dense or sparse, conic programs, problems written in CVXPY, and projections."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from .cvxpy_layer import CvxpyLayer, CvxpySolution
 from .projections import Projection
 from .qp import QPLayer, QPSolution, solve_qp
 from .solver_interface import cvxpylayers_solver
+from .sparse_matrix import SparseMatrix
 
 __all__ = [
     "ConeSolution",
@@ -17,6 +18,7 @@ __all__ = [
     "Projection",
     "QPLayer",
     "QPSolution",
+    "SparseMatrix",
     "cvxpylayers_solver",
     "projections",
     "solve_cone",

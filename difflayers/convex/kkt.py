@@ -129,6 +129,7 @@ class KKTProblem(Problem):
         residual = functools.partial(_residual, sizes)
         super().__init__(residual, _searched_by_engine, LinearMethod(), batch_ndim=len(sizes.batch), on_failure=options.on_failure)
         self.sizes, self.options = sizes, options
+        self._flat: DenseQP | None = None
         # Whether every active set was seen to be regular, and then the factors of parts of the batch.
         self._regular = False
         self._parts: list[tuple[slice, ReducedFactor | TinyFactor]] | None = None
@@ -138,7 +139,7 @@ class KKTProblem(Problem):
         if 0 in self.sizes.batch:
             status = torch.zeros(self.sizes.batch, dtype=torch.int64, device=x0.device)
             return (x0.clone(), status, *x0.new_zeros(3, *self.sizes.batch), status.clone())
-        problem = flat_problem(theta, self.sizes)
+        self._flat = problem = flat_problem(theta, self.sizes)
         found = self._search(problem, x0.reshape(-1, x0.shape[-1]) if self.options.warm else None)
         parts = [found.x, found.y, found.z]
         if self.sizes.boxed:
@@ -218,7 +219,7 @@ class KKTProblem(Problem):
         flat = rhs.reshape(*rhs.shape[: int(columns)], -1, rhs.shape[-1])
         point = w.reshape(-1, w.shape[-1])
         if self._regular and self._parts is None:
-            self._parts = self._regular_factors(point, flat_problem(theta, self.sizes))
+            self._parts = self._regular_factors(point, flat_problem(theta, self.sizes) if self._flat is None else self._flat)
         if self._regular and self._parts is not None:
             pieces = [factor.solve(flat[..., part, :], transpose=transpose) for part, factor in self._parts]
             solved, residual = pieces[0] if len(pieces) == 1 else (torch.cat([piece[i] for piece in pieces], -2 + i) for i in (0, 1))
@@ -346,7 +347,7 @@ def times(matrix: Tensor, vector: Tensor) -> Tensor:
 
 def _is_convex(P: Tensor, rounding: float) -> Tensor:
     """Whether P has no negative eigenvalue beyond the rounding of its entries, for each element (or the one that all share)."""
-    size = P.diagonal(dim1=-2, dim2=-1).abs().amax(-1) if P.shape[-1] else P.new_zeros(P.shape[0])
+    size = P.abs().flatten(1).amax(-1) if P.shape[-1] else P.new_zeros(P.shape[0])
     shift = torch.where(size > 0, rounding * size, 1.0)
     shifted = P + shift[:, None, None] * torch.eye(P.shape[-1], dtype=P.dtype, device=P.device)
     # LAPACK stops at a NaN; what is not finite is reported by the engine.
@@ -360,7 +361,7 @@ def _two_outer(left: Tensor, right: Tensor, other_left: Tensor, other_right: Ten
     pairs = (torch.stack((left, other_left), axis), torch.stack((right, other_right), axis))
     if like.dim() > 2:
         return pairs[0] @ pairs[1].mT
-    return pairs[0].reshape(-1, left.shape[-1]).mT @ pairs[1].reshape(-1, right.shape[-1])
+    return pairs[0].flatten(0, -2).mT @ pairs[1].flatten(0, -2)
 
 
 def flat_problem(theta: Sequence[Any], sizes: Sizes) -> DenseQP:

@@ -1,4 +1,4 @@
-r"""Quadratic programs as a layer: batched, dense, differentiable to any order.
+r"""Quadratic programs as a layer: batched, differentiable to any order; dense here, sparse in :mod:`~difflayers.convex.sparse`.
 
 .. math:: \min_x \tfrac12 x^T P x + q^T x \quad\text{subject to}\quad G x \le h,\; A x = b,\; l \le x \le u,
 
@@ -32,6 +32,8 @@ from ..solution import OnFailure, Status
 from .kkt import CORE_NDIMS, KKTProblem, Options, QPSolution, Sizes
 from .native import is_available
 from .smoothing import SmoothedProblem
+from .sparse import solve_sparse
+from .sparse_matrix import SparseMatrix, is_sparse
 
 __all__ = ["QPLayer", "QPSolution", "solve_qp"]
 
@@ -40,11 +42,11 @@ _NAMES = ("P", "q", "G", "h", "A", "b", "lb", "ub")
 
 @eager
 def solve_qp(
-    P: Tensor | None,
+    P: Tensor | SparseMatrix | None,
     q: Tensor,
-    G: Tensor | None = None,
+    G: Tensor | SparseMatrix | None = None,
     h: Tensor | None = None,
-    A: Tensor | None = None,
+    A: Tensor | SparseMatrix | None = None,
     b: Tensor | None = None,
     lb: Tensor | None = None,
     ub: Tensor | None = None,
@@ -58,6 +60,7 @@ def solve_qp(
 ) -> QPSolution:
     """Solve min ½ xᵀPx + qᵀx subject to Gx ≤ h, Ax = b, lb ≤ x ≤ ub, for each element of the batch on its own.
 
+    P, G and A may be sparse: torch tensors in the layouts COO, CSR or CSC, or :class:`SparseMatrix`, with gradients on the same pattern.
     Leading batch dimensions broadcast. An argument without them is shared by the batch; its gradient is the sum.
     Everything is computed in float64; float32 arguments give float32 results.
 
@@ -99,9 +102,15 @@ def solve_qp(
         >>> gradient + 0.0
         tensor([-1., 0.])
     """
-    arguments = (P, q, G, h, A, b, lb, ub)
+    arguments: tuple[Any, ...] = (P, q, G, h, A, b, lb, ub)
     if solver not in ("auto", "daqp", "interior_point"):
         raise ValueError(f"solver={solver!r} is not known; choose 'auto', 'daqp' or 'interior_point'")
+    if smoothing is not None and not 0 < smoothing < float("inf"):
+        raise ValueError(f"smoothing must be a positive number or None, got {smoothing}")
+    if any(is_sparse(part) for part in (P, G, A)):
+        if smoothing is not None:
+            raise ValueError("smoothing is for dense problems; pass P, G and A as dense tensors (.to_dense())")
+        return solve_sparse(arguments, _validate, tol=tol, max_iter=max_iter, warm_start=warm_start, on_failure=on_failure)
     sizes = _validate(arguments)
     if solver == "daqp" and not is_available():
         raise MissingExtraError("solver='daqp' needs the package daqp: pip install daqp; solver='interior_point' needs nothing")
@@ -118,8 +127,6 @@ def solve_qp(
         warm=warm_start is not None,
         smoothing=0.0 if smoothing is None else smoothing,
     )
-    if smoothing is not None and not 0 < smoothing < float("inf"):
-        raise ValueError(f"smoothing must be a positive number or None, got {smoothing}")
     smooth = smoothing is not None and (sizes.m > 0 or sizes.boxed)
     problem = SmoothedProblem(sizes, options) if smooth else KKTProblem(sizes, options)
     theta: list[Tensor | None] = [None if part is None else part.to(torch.float64) for part in arguments]
@@ -174,15 +181,15 @@ class QPLayer(nn.Module):
         self.tol, self.max_iter = tol, max_iter
         self.on_failure: OnFailure = on_failure
         self.smoothing, self.warm_start = smoothing, warm_start
-        self._last: tuple[Sizes, QPSolution] | None = None
+        self._last: QPSolution | None = None
 
     def forward(
         self,
-        P: Tensor | None,
+        P: Tensor | SparseMatrix | None,
         q: Tensor,
-        G: Tensor | None = None,
+        G: Tensor | SparseMatrix | None = None,
         h: Tensor | None = None,
-        A: Tensor | None = None,
+        A: Tensor | SparseMatrix | None = None,
         b: Tensor | None = None,
         lb: Tensor | None = None,
         ub: Tensor | None = None,
@@ -203,11 +210,11 @@ class QPLayer(nn.Module):
 
     def solve(
         self,
-        P: Tensor | None,
+        P: Tensor | SparseMatrix | None,
         q: Tensor,
-        G: Tensor | None = None,
+        G: Tensor | SparseMatrix | None = None,
         h: Tensor | None = None,
-        A: Tensor | None = None,
+        A: Tensor | SparseMatrix | None = None,
         b: Tensor | None = None,
         lb: Tensor | None = None,
         ub: Tensor | None = None,
@@ -231,12 +238,14 @@ class QPLayer(nn.Module):
         options: dict[str, Any] = {name: getattr(self, name) for name in ("solver", "tol", "max_iter", "smoothing", "on_failure")}
         if not self.warm_start:
             return solve_qp(*problem, warm_start=warm_start, **options)
-        sizes = _validate(problem)
-        if warm_start is None and self._last is not None and self._last[0] == sizes:
-            warm_start = self._last[1]
-        found = solve_qp(*problem, warm_start=warm_start, **options)
+        try:
+            found = solve_qp(*problem, warm_start=self._last if warm_start is None else warm_start, **options)
+        except ShapeError:
+            if self._last is None or warm_start is not None:
+                raise
+            found = solve_qp(*problem, **options)  # the last problem had other sizes
         if torch._C._functorch.peek_interpreter_stack() is None:  # what a transform wraps must not outlive it
-            self._last = sizes, QPSolution(*(None if part is None else part.detach().nan_to_num() for part in found))
+            self._last = QPSolution(*(None if part is None else part.detach().nan_to_num() for part in found))
         return found
 
     def extra_repr(self) -> str:

@@ -23,6 +23,7 @@ from .. import solvers
 from ..errors import ShapeError
 from ..pytree import Raveler, is_floating
 from ..solution import OnFailure, Solution, Status, report_failures
+from ..solvers.linearize import jvp
 from .call import call_outside
 from .closure import hoist, visible_to_modes
 from .eager import eager
@@ -185,7 +186,8 @@ class ImplicitRoot:
 
     def _find(self, raveler: Raveler, residual: Callable[[Tensor], Tensor], x0: Tensor, batch_ndim: int) -> Solution:
         options = {name: value for name, value in (("tol", self.tol), ("max_iter", self.max_iter)) if value is not None}
-        function = (lambda x: x - residual(x)) if self._wants_map() else residual
+        scale = _slope(residual, x0) if self._wants_map() else 1.0
+        function = (lambda x: x - residual(x) / scale) if self._wants_map() else residual
         if callable(self.solver) and not self._is_batched:
             found = self.solver(lambda x: raveler.unravel(function(raveler.ravel(x))), raveler.unravel(x0))
         else:
@@ -196,6 +198,15 @@ class ImplicitRoot:
             solution._replace(x=raveler.unravel(solution.x)), getattr(self.solver, "__name__", str(self.solver)), self.on_failure
         )
         return solution
+
+
+def _slope(residual: Callable[[Tensor], Tensor], x0: Tensor) -> Tensor:
+    """How steep F is along itself at the start, with its sign: F over this is in the units of x, and so is the map x − F(x)."""
+    value = residual(x0)
+    change = jvp(residual, (x0,), (value,))[1]
+    lengths = torch.linalg.vector_norm(change, dim=-1, keepdim=True) / torch.linalg.vector_norm(value, dim=-1, keepdim=True)
+    slope = torch.where((value * change).sum(-1, keepdim=True) < 0, -lengths, lengths)
+    return torch.where(torch.isfinite(slope) & (slope != 0), slope, 1.0)
 
 
 def custom_root(

@@ -414,3 +414,18 @@ def test_every_solver_has_the_same_derivatives(solver):
 def test_daqp_refuses_another_device():
     with pytest.raises(ValueError, match="CPU"):
         solve_qp(torch.eye(2, device="meta"), torch.ones(2, device="meta"), solver="daqp")
+
+
+@pytest.mark.parametrize("solver", ["daqp", "interior_point"])
+def test_an_indefinite_cost_is_refused_whatever_its_diagonal(solver):
+    saddle = torch.tensor([[0.0, 0.5], [0.5, 0.0]], **FLOAT)
+    box = {"lb": -torch.ones(2, **FLOAT), "ub": torch.ones(2, **FLOAT)}
+    with pytest.raises(NotConvergedError, match="convex"):
+        solve_qp(saddle, torch.zeros(2, **FLOAT), **box, solver=solver)
+
+
+def test_matrices_without_rows_have_a_gradient():
+    G, A = torch.zeros(0, 3, **FLOAT, requires_grad=True), torch.zeros(4, 0, 3, **FLOAT, requires_grad=True)
+    x = solve_qp(torch.eye(3, **FLOAT), torch.ones(4, 3, **FLOAT), G, torch.zeros(0, **FLOAT), A, torch.zeros(0, **FLOAT)).x
+    slopes = torch.autograd.grad(x.sum(), [G, A])
+    assert [tuple(slope.shape) for slope in slopes] == [(0, 3), (4, 0, 3)]

@@ -443,3 +443,13 @@ def test_solved_without_warnings() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         implicit_root(square, on_failure="warn")(ONE, scalar(4.0))
+
+
+@pytest.mark.parametrize("scale", [1.0, -1.0, 1e-9, 1e-3, 1e6])
+def test_broyden_does_not_mind_the_units_of_the_residual(scale):
+    draw = torch.Generator().manual_seed(0)
+    matrix = 2 * torch.eye(30, dtype=torch.float64) + 0.1 * torch.randn(30, 30, generator=draw, dtype=torch.float64)
+    target = torch.randn(30, generator=draw, dtype=torch.float64)
+    found = implicit_root(lambda x: scale * (matrix @ x + 0.2 * x.tanh() - target), "broyden").solve(torch.zeros_like(target))
+    exact = implicit_root(lambda x: matrix @ x + 0.2 * x.tanh() - target)(torch.zeros_like(target))
+    torch.testing.assert_close(found.x, exact, rtol=1e-10, atol=1e-10)
