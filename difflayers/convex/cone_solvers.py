@@ -2,8 +2,8 @@ r"""How the solution of a conic program is found: compiled solvers, one program 
 
 Clarabel is the default: an interior-point method for every cone here, with a quadratic objective. It is asked for more digits than its
 own defaults, because a derivative loses about as many as the solution lacks (:class:`~difflayers.convex.cone_program.ConeProblem`
-measures what came and sharpens it). It holds the interpreter lock, so its programs follow each other; SCS releases it, and runs
-in threads. ``"SCS"`` starts from a previous solution.
+measures what came and sharpens it). SCS can start from a previous solution. Both release the interpreter lock while they iterate, and
+the programs of a batch run in as many threads as ``torch.get_num_threads()``.
 
 References: Goulart and Chen, Clarabel: an interior-point solver for conic programs with quadratic objectives, 2024, arXiv:2405.12762;
 O'Donoghue, Chu, Parikh and Boyd, Conic optimization via operator splitting and homogeneous self-dual embedding, JOTA 2016,
@@ -125,7 +125,7 @@ def solve_programs(
     def one(i: int) -> _Answer:
         return solve(i) if finite[i] else nothing
 
-    workers = min(torch.get_num_threads(), len(finite)) if solver in _THREADED else 1
+    workers = min(torch.get_num_threads(), len(finite))
     if workers > 1:
         with ThreadPoolExecutor(workers) as pool:
             answers = list(pool.map(one, range(len(finite))))
@@ -307,4 +307,3 @@ def _module(name: str) -> Any:
 
 
 _SOLVERS: dict[str, Callable[..., Callable[[int], _Answer]]] = {"CLARABEL": _clarabel, "SCS": _scs}
-_THREADED = {"SCS"}

@@ -73,16 +73,17 @@ def test_scs_starts_from_a_solution() -> None:
     torch.testing.assert_close(warm.x, cold.x, atol=1e-8, rtol=1e-8)
 
 
-def test_a_threaded_batch_is_a_loop() -> None:
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_a_threaded_batch_is_a_loop(solver: str) -> None:
     cones, n = KINDS["second order"]
     program = known(cones, n, 4)
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(2)
-        batch = solve_cone(*program.arguments, cones, solver="SCS").x
+        batch = solve_cone(*program.arguments, cones, solver=solver).x
     finally:
         torch.set_num_threads(threads)
-    loop = [solve_cone(*(part[i] for part in program.arguments), cones, solver="SCS").x for i in range(4)]
+    loop = [solve_cone(*(part[i] for part in program.arguments), cones, solver=solver).x for i in range(4)]
     torch.testing.assert_close(batch, torch.stack(loop), atol=1e-10, rtol=1e-10)
 
 
