@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from benchmarks import core, maros_meszaros, projections, qp, sparse_qp
+from benchmarks import cones, core, maros_meszaros, projections, qp, sparse_qp
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
@@ -13,5 +13,6 @@ if __name__ == "__main__":
     qp.main(short=short)
     sparse_qp.main(short=short)
     maros_meszaros.main()
+    cones.main(short=short)
     core.main(short=short)
     projections.main(short=short)

@@ -15,8 +15,8 @@ tensor([[0.6000, 0.4000, 0.0000]])
 tensor([[ 0.5000, -0.5000,  0.0000]])
 
 ======================= ===========================================================================
-``difflayers.convex``   quadratic programs: :class:`QPLayer`, ``solve_qp``; ``projections`` on
-                        convex sets: :class:`Projection`
+``difflayers.convex``   quadratic programs: :class:`QPLayer`, ``solve_qp``; conic programs: ``solve_cone``; problems
+                        written in CVXPY: :class:`CvxpyLayer`; ``projections`` on convex sets: :class:`Projection`
 ``difflayers.implicit`` the core: ``implicit_root``, ``implicit_fixed_point``, ``custom_root``,
                         ``linear_solve``, ``conditions``
 ``difflayers.solvers``  how a solution is found: batched loops that stop element by element
@@ -25,9 +25,9 @@ tensor([[ 0.5000, -0.5000,  0.0000]])
 """
 
 from . import convex, errors, implicit, solvers
-from .convex import Projection, QPLayer
+from .convex import CvxpyLayer, Projection, QPLayer
 from .solution import Solution, Status
 
 __version__ = "0.1.0"
 
-__all__ = ["Projection", "QPLayer", "Solution", "Status", "__version__", "convex", "errors", "implicit", "solvers"]
+__all__ = ["CvxpyLayer", "Projection", "QPLayer", "Solution", "Status", "__version__", "convex", "errors", "implicit", "solvers"]
