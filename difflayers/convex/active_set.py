@@ -42,6 +42,7 @@ _ACCURACY = 1e-13  # relative residual at which refinement has nothing left to g
 _CONVERGED = 1e-12  # a larger residual after refinement calls for the pseudoinverse
 _SINGULAR = 1e-8  # a residual that stays above says that the system has no solution
 _FLOOR = 1e-6  # size of the terms below which a solution may as well be zero
+_IDLE = 1e-3  # share of the forces of a curvature of natural size that forces are not measured below
 _RANK = 1e-13  # eigenvalues below, relative to the largest, count as zero
 
 
@@ -241,7 +242,9 @@ class ActiveSetFactor:
     ) -> Tensor:
         """The largest error of an equation over the largest term of its block, ``(B, R)``; rows are measured in the metric of the scale."""
         free = gap_x if self._pinned is None else gap_x * ~self._pinned
-        residual = _ratio(free.abs().amax(-1), torch.stack(forces).abs().amax((0, -1)).clamp(min=floor))
+        # Where nothing pushes, as in the multipliers of a linear program, rounding is measured by what its curvature would be.
+        size = torch.maximum(torch.stack(forces).abs().amax((0, -1)), _IDLE * (x.abs() * self.equations.scale).amax(-1))
+        residual = _ratio(free.abs().amax(-1), size.clamp(min=floor))
         if target.shape[-1] == 0:
             return residual
         metric = self._weights.sqrt()

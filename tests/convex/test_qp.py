@@ -429,3 +429,18 @@ def test_matrices_without_rows_have_a_gradient():
     x = solve_qp(torch.eye(3, **FLOAT), torch.ones(4, 3, **FLOAT), G, torch.zeros(0, **FLOAT), A, torch.zeros(0, **FLOAT)).x
     slopes = torch.autograd.grad(x.sum(), [G, A])
     assert [tuple(slope.shape) for slope in slopes] == [(0, 3), (4, 0, 3)]
+
+
+@pytest.mark.parametrize("solver", ["auto", "interior_point"])
+def test_a_regular_vertex_has_derivatives_of_its_multipliers(solver):
+    # min x₁ + 2x₂ with x₁ + x₂ = b and x ≥ 0: x = (b, 0), y = −q₁, z = (0, q₂ − q₁).
+    q, b = torch.tensor([1.0, 2.0], **FLOAT), torch.ones(1, **FLOAT)
+    G, h, A = -torch.eye(2, **FLOAT), torch.zeros(2, **FLOAT), torch.ones(1, 2, **FLOAT)
+
+    def solve(q, b):
+        return torch.cat(solve_qp(None, q, G, h, A, b, solver=solver)[:3])
+
+    by_q, by_b = torch.func.jacrev(solve, argnums=(0, 1))(q, b)
+    wanted = torch.tensor([[0, 0], [0, 0], [-1, 0], [0, 0], [-1, 1]], **FLOAT)
+    torch.testing.assert_close(by_q, wanted, rtol=0, atol=1e-9)
+    torch.testing.assert_close(by_b, torch.tensor([[1.0], [0], [0], [0], [0]], **FLOAT), rtol=0, atol=1e-9)
