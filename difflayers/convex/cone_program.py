@@ -31,6 +31,7 @@ from ..implicit.function import Problem
 from ..implicit.methods import LinearMethod
 from ..solution import OnFailure, Solution, Status, report_failures
 from ..solvers.linearize import vjp
+from .cone_certificates import proves_infeasible, proves_unbounded
 from .cone_factor import ConeFactor
 from .cone_geometry import Cones, project, spectrum
 from .cone_polish import polish, residual_at
@@ -153,8 +154,13 @@ class ConeProblem(Problem):
         found = solve_programs(program, options.solver, options.solver_args, options.tol, options.max_iter, start)
         point = torch.cat([found.x, found.s - found.y], -1)
         point = torch.where(torch.isfinite(point).all(-1, keepdim=True), point, 0)
-        certain = (found.status == Status.PRIMAL_INFEASIBLE) | (found.status == Status.DUAL_INFEASIBLE)
-        certain |= found.status == Status.NUMERICAL_ERROR
+        infeasible, unbounded = (found.status == code for code in (Status.PRIMAL_INFEASIBLE, Status.DUAL_INFEASIBLE))
+        if options.solver != "QP":  # that engine has checked its own
+            infeasible = infeasible & proves_infeasible(structure, flat, found.y)
+            unbounded = unbounded & proves_unbounded(structure, flat, found.x)
+        unproved = (found.status == Status.PRIMAL_INFEASIBLE) | (found.status == Status.DUAL_INFEASIBLE)
+        found = found._replace(status=torch.where(unproved & ~infeasible & ~unbounded, int(Status.MAX_ITER), found.status))
+        certain = infeasible | unbounded | (found.status == Status.NUMERICAL_ERROR)
         if options.max_iter is not None:  # who sets a limit wants the point that it gives
             certain |= found.status == Status.MAX_ITER
         polished = polish(structure, point, found.s, flat, ~certain, options.tol)
