@@ -18,6 +18,8 @@ EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 LINES = {
     "quickstart": ["noisy {} {} {}", "total variation {} {} {}", "network alone {} {} {}", "network + layer {} {} {}"],
     "custom_root_scipy": ["one penalty, grid search {} {} {}", "penalty by distance, gradient {} {} {}"],
+    "sudoku_optnet": ["large perceptron 328768 {} {} {} {}", "learned rules 2625 {} {} {} {}", "{} before training, {} learned"],
+    "jacobian_descent": ["average {} {} {} × {} × {} {} {} %", "UPGrad {} {} {} × {} × {} {} {} %"],
 }
 OPTIONS = {"quickstart": ["--seeds", "1"]}
 
@@ -25,8 +27,8 @@ OPTIONS = {"quickstart": ["--seeds", "1"]}
 @pytest.mark.slow
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
 def test_example_runs_in_short_mode(example: Path, tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
-    pytest.importorskip("skimage")
+    for package in ("matplotlib", "skimage", "sklearn"):
+        pytest.importorskip(package)
     script = Path(shutil.copy(example, tmp_path))  # figures are written beside the script: here, not over those of a full run
     environment = os.environ | {
         "DIFFLAYERS_SHORT": "1",
