@@ -1,4 +1,4 @@
-"""The QP layer beside qpth and proxsuite's QPLayer: forward and backward, float64, one thread.
+"""The QP layer beside qpth, moreau and proxsuite's QPLayer: forward and backward, float64, one thread.
 
 Random problems with every parameter batched and differentiated, the same with P, G and A shared by the batch, five times as
 many rows as unknowns, and the box problem of total variation. Beside each time stand two errors, the worst over the batch:
@@ -20,7 +20,9 @@ import functools
 import torch
 from torch import Tensor
 
+from benchmarks.qp_engines import engines
 from benchmarks.qp_layers import PEERS, QP, Layer, Point, gradients, ours, times
+from benchmarks.qp_problems import box_qp, random_qp
 from benchmarks.qp_robustness import robustness
 from benchmarks.timing import Table, describe_machine, installed, one_thread, race
 
@@ -31,7 +33,7 @@ def main(*, short: bool = False, everything: bool = False) -> None:
     """Print all the tables."""
     one_thread()
     torch.set_default_dtype(torch.float64)  # proxsuite's layer makes its gradients in the default dtype, whatever came in
-    describe_machine(["qpth", "proxsuite"])
+    describe_machine(["qpth", "proxsuite", "moreau", "daqp"])
     sizes, batches = ((10,), (1, 8)) if short else ((10, 50, 100), (1, 32, 128))
     if everything:
         sizes, batches = (10, 50, 100, 200), (1, 32, 128, 512)
@@ -43,26 +45,8 @@ def main(*, short: bool = False, everything: bool = False) -> None:
     others += [(f"n 20, m 100, batch {batch}", random_qp(20, 100, 5, batch)) for batch in batches]
     others += [(f"box n 63, P shared, batch {batch}", box_qp(batch)) for batch in batches]
     speed("Other shapes", others, budget)
+    engines(short=short)
     robustness()
-
-
-def random_qp(n: int, m: int, p: int, batch: int, *, shared: bool = False) -> QP:
-    """Feasible and strictly convex; which rows are active is left to chance."""
-    draw = functools.partial(torch.randn, generator=torch.Generator().manual_seed(1000 * n + batch))
-    matrices = () if shared else (batch,)
-    root = draw(*matrices, n, n)
-    P = root @ root.mT / n + 0.1 * torch.eye(n)
-    G, A, inside = draw(*matrices, m, n), draw(*matrices, p, n), draw(batch, n)
-    return QP(P, draw(batch, n), G, times(G, inside) + draw(batch, m).abs(), A, times(A, inside))
-
-
-def box_qp(batch: int, n: int = 63) -> QP:
-    """The dual of total variation denoising of lines of n + 1 samples: P = DDᵀ, q = −Dy, |x_i| ≤ w_i."""
-    draw = functools.partial(torch.randn, generator=torch.Generator().manual_seed(batch))
-    D = torch.diff(torch.eye(n + 1), dim=0)
-    step = (torch.arange(n + 1) > n // 2) + 0.0
-    weight = 0.1 + 0.3 * draw(batch, n).abs()
-    return QP(D @ D.mT, -times(D, step + 0.2 * draw(batch, n + 1)), lb=-weight, ub=weight)
 
 
 def speed(title: str, cases: list[tuple[str, QP]], budget: float) -> None:

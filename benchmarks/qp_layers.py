@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import functools
 import io
+import warnings
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -91,9 +92,43 @@ def proxsuite(qp: QP, **options: float) -> Point:
     return Point(x, y, z, None) if qp.lb is None else Point(x, y, None, z)
 
 
+@functools.cache
+def _moreau_solver(n: int, rows: tuple[int, int], batch: int, shared: bool) -> Any:
+    import moreau
+    from moreau.torch import Solver
+
+    def full(count: int) -> list[Tensor]:
+        return [torch.arange(0, count * n + 1, n), torch.arange(n).repeat(count)]
+
+    cones = moreau.Cones(num_zero_cones=rows[0], num_nonneg_cones=rows[1])
+    settings = moreau.Settings(device="cpu", batch_size=batch, enable_grad=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # that it has chosen its active-set method
+        return Solver(n, sum(rows), *full(n), *full(sum(rows)), cones, settings)
+
+
+def moreau(qp: QP) -> Point:
+    """Rows A, then G; the bounds become rows of identity matrices. Matrices are batched, or all of them shared."""
+    batch, n = qp.q.shape
+    equations = 0 if qp.b is None else qp.b.shape[-1]
+    G, h = qp.G, qp.h
+    if qp.lb is not None:
+        G, h = torch.cat((-torch.eye(n), torch.eye(n))), torch.cat((-qp.lb, qp.ub), -1)
+    rows = G if qp.A is None else torch.cat((qp.A, G), -2)
+    P = qp.P
+    if P.dim() != rows.dim():
+        P, rows = P.expand(batch, n, n), rows.expand(batch, *rows.shape[-2:])
+    # It keeps what it made of P and the rows while they do not change: one solver for shared ones, and one for batches.
+    solver = _moreau_solver(n, (equations, h.shape[-1]), batch, P.dim() == 2)
+    found = solver.solve(P.flatten(-2), rows.flatten(-2), qp.q, h if qp.b is None else torch.cat((qp.b, h), -1))
+    y, z = found.z[..., :equations], found.z[..., equations:]
+    return Point(found.x, y, z, None) if qp.lb is None else Point(found.x, y, None, z[..., n:] - z[..., :n])
+
+
 # By the heading of its column: the package, and the layer. By default proxsuite's backward pass stops at 1e-4.
 PEERS: dict[str, tuple[str, Layer]] = {
     "qpth": ("qpth", qpth),
+    "moreau": ("moreau", moreau),
     "proxsuite": ("proxsuite", proxsuite),
     "tight": ("proxsuite", functools.partial(proxsuite, eps_backward=1e-12, rho_backward=1e-9, mu_backward=1e-9)),
 }

@@ -15,7 +15,8 @@ tensor([[0.6000, 0.4000, 0.0000]])
 tensor([[ 0.5000, -0.5000,  0.0000]])
 
 ======================= ===========================================================================
-``difflayers.convex``   quadratic programs: :class:`QPLayer`, ``solve_qp``
+``difflayers.convex``   quadratic programs: :class:`QPLayer`, ``solve_qp``; conic programs: ``solve_cone``; problems
+                        written in CVXPY: :class:`CvxpyLayer`
 ``difflayers.implicit`` the core: ``implicit_root``, ``implicit_fixed_point``, ``custom_root``,
                         ``linear_solve``, ``conditions``
 ``difflayers.solvers``  how a solution is found: batched loops that stop element by element
@@ -24,9 +25,9 @@ tensor([[ 0.5000, -0.5000,  0.0000]])
 """
 
 from . import convex, errors, implicit, solvers
-from .convex import QPLayer
+from .convex import CvxpyLayer, QPLayer
 from .solution import Solution, Status
 
 __version__ = "0.1.0"
 
-__all__ = ["QPLayer", "Solution", "Status", "__version__", "convex", "errors", "implicit", "solvers"]
+__all__ = ["CvxpyLayer", "QPLayer", "Solution", "Status", "__version__", "convex", "errors", "implicit", "solvers"]

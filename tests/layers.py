@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import scipy.optimize
@@ -414,14 +415,18 @@ def _qp_inputs(generator: torch.Generator) -> Inputs:
     return factor @ factor.mT, q, G, h, A, b, torch.full((3,), -1.5, dtype=torch.float64), torch.full((3,), 2.0, dtype=torch.float64)
 
 
-def _qp() -> Layer:
+def _qp(name: str, **fixed: Any) -> Layer:
+    mu = fixed.get("smoothing")
+
     def call(*inputs: Tensor, **options: str) -> Tensor:
-        return torch.cat(solve_qp(*inputs, **options)[:4], -1)
+        return torch.cat(solve_qp(*inputs, **fixed, **options)[:4], -1)
 
     def residual(s: Tensor, *inputs: Tensor) -> Tensor:
         P, q, G, h, A, b, lb, ub = inputs
         x, y, z, w = s.split([3, 1, 2, 3])
         gradient = (P + P.mT) @ x / 2 + q + A.mT @ y + G.mT @ z + w
+        if mu is not None:
+            return torch.cat([gradient, A @ x - b, z * (h - G @ x) - mu, w - mu / (ub - x) + mu / (x - lb)])
         box = torch.where(w > 0, x - ub, torch.where(w < 0, x - lb, w))
         return torch.cat([gradient, A @ x - b, torch.where(z > 0, G @ x - h, z), box])
 
@@ -437,7 +442,7 @@ def _qp() -> Layer:
         return P * torch.outer(free, free), q, G * free, h, A * free, b, torch.full_like(lb, -torch.inf), torch.full_like(ub, torch.inf)
 
     return Layer(
-        "solve_qp",
+        name,
         call,
         _qp_inputs,
         reference=reference,
@@ -446,7 +451,7 @@ def _qp() -> Layer:
             Failure("unbounded", unbounded, UnboundedError, (Status.DUAL_INFEASIBLE,)),
             Failure("NaN", _nan_in(1), NotConvergedError, (Status.NUMERICAL_ERROR,)),
         ),
-        module=QPLayer,
+        module=(lambda: QPLayer(**fixed)) if fixed else QPLayer,
     )
 
 
@@ -466,5 +471,7 @@ LAYERS: tuple[Layer, ...] = (
     _kkt(),
     _proximal(),
     _equilibrium(),
-    _qp(),
+    _qp("solve_qp"),
+    _qp("solve_qp, interior_point", solver="interior_point"),
+    _qp("solve_qp, smoothing", smoothing=0.05),
 )

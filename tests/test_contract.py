@@ -5,7 +5,12 @@ from __future__ import annotations
 import pytest
 
 from tests.contract import CHECKS, applies
-from tests.layers import LAYERS, Layer
+from tests import layers
+from tests.layers import Layer
+from tests.layers_cones import CONES
+from tests.layers_projections import PROJECTIONS
+
+LAYERS = (*layers.LAYERS, *CONES, *PROJECTIONS)
 
 # The slow suite adds what takes long, and, for layers that are slow themselves, the nests that the others are tried on.
 SLOW = {"compile", "gradcheck_of_every_entry", "gradgradcheck_of_every_entry"}

@@ -86,6 +86,8 @@ class CentralPath:
             solution are given up soon, and an exact solution is not measured a second time.
     """
 
+    penalty = PENALTY  # the weight of the equations in K
+
     def __init__(self, outcome: Outcome, ids: Tensor, tol: float, max_iter: int, *, strict: bool) -> None:
         self.outcome, self.ids, self.tol, self.max_iter, self.strict, self.iteration = outcome, ids, tol, max_iter, strict, 0
         everything = outcome.equations
@@ -187,7 +189,7 @@ class CentralPath:
         dz, ds = loads + weights * growth - self.z, -self.r_s - growth
         step = 1 / torch.maximum(-ds / self.s, -dz / self.z).amax(-1, keepdim=True).clamp(min=1)
         ahead = ((self.z + step * dz) * (self.s + step * ds)).mean(-1, keepdim=True)
-        centre = ((ahead / self.mu).clamp(max=1) ** 3 * self.mu - ds * dz) / self.s
+        centre = self.aim(ahead, ds * dz) / self.s
         loads = loads + centre
         dx, dy = factor.solve(force - self._pull(centre), self.r_y)
         growth = self._inequalities(dx)
@@ -195,6 +197,10 @@ class CentralPath:
         step = 1 / (torch.maximum(-ds / self.s, -dz / self.z).amax(-1, keepdim=True) / _BOUNDARY).clamp(min=1)
         self.x, self.y, self.z, self.s = self.x + step * dx, self.y + step * dy, self.z + step * dz, self.s + step * ds
         self.r_y, self.r_s = (1 - step) * self.r_y, (1 - step) * self.r_s
+
+    def aim(self, ahead: Tensor, curvature: Tensor) -> Tensor:
+        """The products z s to go to, σμ by what the predictor alone would reach, less the second-order term of the way there."""
+        return (ahead / self.mu).clamp(max=1) ** 3 * self.mu - curvature
 
     def settle(self) -> Tensor:
         """Solve exactly where the guess of the active set came to rest; ``(B,)`` bool, the elements finished by that."""
@@ -318,7 +324,7 @@ class CentralPath:
         """−(Px + q) − Aᵀ(y + ε⁻¹ r_y) − Cᵀ loads, the right-hand side that K needs when z is eliminated."""
         problem, load_rows = self.equations.problem, loads[..., : self.m]
         if self.p:
-            load_rows = torch.cat((self.y + PENALTY * self.equations.row_scale[..., : self.p] * self.r_y, load_rows), -1)
+            load_rows = torch.cat((self.y + self.penalty * self.equations.row_scale[..., : self.p] * self.r_y, load_rows), -1)
         pull = product(load_rows, self.equations.rows)
         pull = pull + self._bound_pull(loads) if self.bounded else pull
         return -(product(self.x, problem.P) + problem.q.unsqueeze(1) + pull)

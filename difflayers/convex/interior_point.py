@@ -25,7 +25,7 @@ from .certificates import (
 )
 from .normal_equations import ABSENT, DenseQP, KKTError, KKTPoint, MaybeTensor, each, kkt_error
 
-__all__ = ["DenseQP", "DenseResult", "KKTPoint", "solve_dense"]
+__all__ = ["DenseQP", "DenseResult", "KKTPoint", "replaced", "screen", "solve_dense", "without_huge_limits"]
 
 _MEMORY = 1 << 30  # bytes that the working copies of one part of a batch may take
 
@@ -44,7 +44,8 @@ class DenseResult(NamedTuple):
         dual_residual: ``(B,)`` largest entry of the gradient of the Lagrangian.
         duality_gap: ``(B,)``.
         iterations: ``(B,)`` int64.
-        factor: solves with the derivative of the optimality conditions at the solution; of no meaning where the status is not SOLVED.
+        factor: solves with the derivative of the optimality conditions at the solution; of no meaning where the status is not SOLVED, and
+            None from an engine that does not end with one.
     """
 
     x: Tensor
@@ -57,7 +58,7 @@ class DenseResult(NamedTuple):
     dual_residual: Tensor
     duality_gap: Tensor
     iterations: Tensor
-    factor: ActiveSetFactor
+    factor: ActiveSetFactor | None
 
 
 def solve_dense(problem: DenseQP, *, tol: float = 1e-9, max_iter: int = 100, start: KKTPoint | None = None) -> DenseResult:
@@ -84,9 +85,9 @@ def solve_dense(problem: DenseQP, *, tol: float = 1e-9, max_iter: int = 100, sta
         ([[0.65, 0.35, 0.0]], [0])
     """
     with torch.no_grad():
-        problem = _without_huge_limits(problem)
-        unusable = _screen(problem)
-        outcome = Outcome(problem if unusable is None else _replace(problem, unusable[0] | unusable[1]))
+        problem = without_huge_limits(problem)
+        unusable = screen(problem)
+        outcome = Outcome(problem if unusable is None else replaced(problem, unusable[0] | unusable[1]))
         error = _follow(outcome, torch.arange(problem.q.shape[0], device=problem.q.device), tol, max_iter, start=start, strict=False)
         status = torch.where(error.relative <= tol, int(Status.SOLVED), int(Status.MAX_ITER))
         if bool((status != Status.SOLVED).any()):
@@ -99,7 +100,8 @@ def solve_dense(problem: DenseQP, *, tol: float = 1e-9, max_iter: int = 100, sta
         return DenseResult(*outcome.point, status, *error[:3], outcome.iterations, outcome.factor)
 
 
-def _without_huge_limits(problem: DenseQP) -> DenseQP:
+def without_huge_limits(problem: DenseQP) -> DenseQP:
+    """The same problem, in which limits of size 1e20 and beyond are infinite."""
     h, lb, ub = problem.h, problem.lb, problem.ub
     h = torch.where(h >= ABSENT, torch.inf, h)
     if lb is not None and ub is not None:
@@ -119,7 +121,7 @@ def _follow(outcome: Outcome, ids: Tensor, tol: float, max_iter: int, *, start: 
     return kkt_error(outcome.problem, outcome.point)
 
 
-def _screen(problem: DenseQP) -> tuple[Tensor, Tensor] | None:
+def screen(problem: DenseQP) -> tuple[Tensor, Tensor] | None:
     """Elements whose limits contradict each other by themselves, and elements with data that are not numbers; None if there are none."""
     P, q, G, h, A, b, lb, ub = problem
     sound = torch.isfinite(P.sum() + q.sum() + G.sum() + A.sum() + b.sum()) & (h > -torch.inf).all()
@@ -136,7 +138,7 @@ def _screen(problem: DenseQP) -> tuple[Tensor, Tensor] | None:
     return impossible & ~broken, broken
 
 
-def _replace(problem: DenseQP, dropped: Tensor) -> DenseQP:
+def replaced(problem: DenseQP, dropped: Tensor) -> DenseQP:
     """The ``dropped`` elements become an easy problem, their own numbers being of no use."""
     easy = {"P": 0.0, "q": 0.0, "G": 0.0, "h": 1.0, "A": 0.0, "b": 0.0, "lb": -1.0, "ub": 1.0}
     fields: dict[str, Tensor] = {}

@@ -27,16 +27,33 @@ from ..implicit.function import Problem
 from ..implicit.methods import LinearMethod
 from ..solution import OnFailure, Solution, Status, report_failures
 from .active_set import ActiveSetFactor
-from .interior_point import solve_dense
-from .normal_equations import DenseQP, KKTPoint, MaybeTensor
+from .interior_point import DenseResult, solve_dense
+from .native import NativeResult, certify, is_available, solve_native
+from .normal_equations import DenseQP, KKTPoint, MaybeTensor, each
+from .reduced import ReducedFactor, TinyFactor
 
-__all__ = ["CORE_NDIMS", "KKTProblem", "Options", "QPSolution", "Sizes"]
+__all__ = ["CORE_NDIMS", "SINGULAR_ABOVE", "KKTProblem", "Options", "QPSolution", "Sizes", "flat_problem", "times"]
 
 # Dimensions of P, q, G, h, A, b, lb, ub without the batch.
 CORE_NDIMS = (2, 1, 2, 1, 2, 1, 1, 1)
 
 # A linearized system that the active-set factor leaves with a larger relative residual has no solution there.
-_SINGULAR_ABOVE = 1e-7
+SINGULAR_ABOVE = 1e-7
+
+# A larger relative residual of a regular system says that it was not so regular.
+_ACCURATE = 1e-11
+
+# Entries of the whole Jacobian, of at most four elements, up to which it is factorized as it is.
+_TINY = 1 << 14
+
+# Entries of P up to which a part of the batch is factorized at once.
+_CACHED = 1 << 18
+
+# Entries of the matrices, of at most 32 elements, from which on a warm start costs less than a cold one.
+_RESUMED = 1e5
+
+# Unknowns up to which the compiled active-set method is the faster engine (python -m benchmarks.qp).
+_NATIVE_BELOW = 400
 
 
 class QPSolution(NamedTuple):
@@ -76,9 +93,8 @@ class Sizes(NamedTuple):
 
     def split(self, point: Tensor) -> tuple[Tensor, Tensor, Tensor, MaybeTensor]:
         """x, y, z and z_box of rows ``(..., n + p + m + n)``."""
-        sizes = (self.n, self.p, self.m, self.n if self.boxed else 0)
-        x, y, z, z_box = (point.narrow(-1, sum(sizes[:i]), size) for i, size in enumerate(sizes))
-        return x, y, z, z_box if self.boxed else None
+        x, y, z, *z_box = point.split([self.n, self.p, self.m, *([self.n] if self.boxed else [])], -1)
+        return x, y, z, z_box[0] if self.boxed else None
 
     def start(self, previous: QPSolution | None, q: Tensor) -> Tensor:
         """The rows to start from: a previous solution, or zeros."""
@@ -86,6 +102,8 @@ class Sizes(NamedTuple):
         if previous is None:
             return torch.zeros(*self.batch, length, dtype=torch.float64, device=q.device)
         parts = [part for part in previous[:4] if part is not None]
+        if previous.x.shape[:-1] not in (self.batch, ()):
+            raise ShapeError(f"warm_start belongs to a batch of shape {tuple(previous.x.shape[:-1])}, the problem's is {self.batch}")
         row = torch.cat([part.expand(*self.batch, part.shape[-1]) for part in parts], -1)
         if row.shape[-1] != length:
             raise ShapeError(f"warm_start belongs to a problem of other sizes: {row.shape[-1]} unknowns and multipliers, expected {length}")
@@ -93,13 +111,15 @@ class Sizes(NamedTuple):
 
 
 class Options(NamedTuple):
-    """How the engine is called; ``rounding`` is the relative error of P's entries, ``warm`` says that the start is a solution."""
+    """How the engines are called; ``rounding`` is the relative error of P's entries, ``warm`` says that the start is a solution."""
 
+    solver: str
     tol: float
     max_iter: int
     on_failure: OnFailure
     rounding: float
     warm: bool
+    smoothing: float = 0.0
 
 
 class KKTProblem(Problem):
@@ -109,32 +129,85 @@ class KKTProblem(Problem):
         residual = functools.partial(_residual, sizes)
         super().__init__(residual, _searched_by_engine, LinearMethod(), batch_ndim=len(sizes.batch), on_failure=options.on_failure)
         self.sizes, self.options = sizes, options
+        # Whether every active set was seen to be regular, and then the factors of parts of the batch.
+        self._regular = False
+        self._parts: list[tuple[slice, ReducedFactor | TinyFactor]] | None = None
 
     def find(self, x0: Tensor, theta: Sequence[Any]) -> Any:
         """Solve every element, report the failures, and keep the factor of the active set."""
         if 0 in self.sizes.batch:
             status = torch.zeros(self.sizes.batch, dtype=torch.int64, device=x0.device)
             return (x0.clone(), status, *x0.new_zeros(3, *self.sizes.batch), status.clone())
-        problem = _flat_problem(theta, self.sizes)
-        start = self._kkt_point(x0.reshape(-1, x0.shape[-1])) if self.options.warm else None
-        found = solve_dense(problem, tol=self.options.tol, max_iter=self.options.max_iter, start=start)
-        # A stationary point of a problem that is not convex satisfies the same conditions, and may be a maximum.
-        found = found._replace(status=torch.where(_is_convex(problem.P, self.options.rounding), found.status, int(Status.NUMERICAL_ERROR)))
-        x, sides = found.x, []
+        problem = flat_problem(theta, self.sizes)
+        found = self._search(problem, x0.reshape(-1, x0.shape[-1]) if self.options.warm else None)
+        parts = [found.x, found.y, found.z]
         if self.sizes.boxed:
-            z_box = found.z_upper - found.z_lower
-            lower, upper = _active_sides(z_box, problem.lb, problem.ub)
-            # A variable at its bound is at its bound, and not a rounding error beside it.
-            x, sides = torch.where(lower, problem.lb, torch.where(upper, problem.ub, x)), [z_box]
-        parts = [x, found.y, found.z, *sides]
+            parts.append(found.z_upper - found.z_lower)
         batch = self.sizes.batch
-        point = torch.cat(parts, -1).reshape(*batch, -1)
+        point = torch.cat(parts, -1)
         measured = [
             part.reshape(batch) for part in (found.status, found.primal_residual, found.dual_residual, found.duality_gap, found.iterations)
         ]
+        if self._regular:
+            report_failures(QPSolution(*self.sizes.split(point), *measured), "solve_qp", self.on_failure)
+            return (point.reshape(*batch, -1), *measured)
+        if self.sizes.boxed:
+            # A variable at its bound is at its bound, and not a rounding error beside it.
+            x, (lower, upper) = point[:, : self.sizes.n], _active_sides(parts[3], problem.lb, problem.ub)
+            x.copy_(torch.where(lower, problem.lb, torch.where(upper, problem.ub, x)))
+        point = point.reshape(*batch, -1)
         report_failures(QPSolution(*self.sizes.split(point), *measured), "solve_qp", self.on_failure)
-        self._factor = self._active_set_factor(point, problem, found.factor)
+        self._factor = None if found.factor is None else self._active_set_factor(point, problem, found.factor)
         return (torch.nan_to_num(point, nan=0.0, posinf=0.0, neginf=0.0), *measured)
+
+    def _search(self, problem: DenseQP, start: Tensor | None) -> DenseResult:
+        """Solve with the engine that is wanted; what a compiled solver does not certify is left to the interior point engine."""
+        if not self._is_native(problem):
+            return self._robust(problem, None if start is None else self._kkt_point(start))
+        (batch, n), rows = problem.q.shape, problem.G.shape[1] + problem.A.shape[1]
+        worth = start is not None and min(batch, 32) * n * (n + rows) >= _RESUMED
+        native = self._resume(problem, start) if worth else solve_native(problem)
+        self._regular = bool(native.solved.all())
+        found = DenseResult(*native.point, torch.zeros_like(native.iterations), *native[3:], factor=None)
+        if self._regular:
+            return found
+        self._parts = None
+        # An active set that is nearly right is worth a start; a degenerate one is a choice that is not left to the compiled solver.
+        for left, origin in ((native.near, native.point), (~native.near & ~native.solved, None)):
+            index = left.nonzero().squeeze(-1)
+            if index.numel():
+                begin = None if origin is None else KKTPoint(*each(lambda t, index=index: t[index], origin))
+                _insert(found[:-1], index, self._robust(problem.take(index), begin)[:-1])
+        return found
+
+    def _robust(self, problem: DenseQP, start: KKTPoint | None) -> DenseResult:
+        found = solve_dense(problem, tol=self.options.tol, max_iter=self.options.max_iter, start=start)
+        # A stationary point of a problem that is not convex satisfies the same conditions, and may be a maximum.
+        convex = _is_convex(problem.P, self.options.rounding)
+        return found._replace(status=torch.where(convex, found.status, int(Status.NUMERICAL_ERROR)))
+
+    def _resume(self, problem: DenseQP, start: Tensor) -> NativeResult:
+        """Solve the active set of a solution of a problem nearby, and whatever it does not fit from the beginning."""
+        self._parts = self._regular_factors(start, problem)
+        _, _, z, z_box = self.sizes.split(start)
+        limits = [-problem.q, problem.b, torch.where(z > 0, problem.h, 0.0)]
+        if z_box is not None:
+            lower, upper = _active_sides(z_box, problem.lb, problem.ub)
+            limits.append(torch.where(upper, problem.ub, torch.where(lower, problem.lb, 0.0)))
+        rhs = torch.cat(limits, -1)
+        point = torch.cat([factor.solve(rhs[part])[0] for part, factor in self._parts])
+        found = certify(problem, *self.sizes.split(point))
+        left = (~found.solved).nonzero().squeeze(-1)
+        if left.numel():
+            again = solve_native(problem.take(left))
+            _insert((*found.point, *found[1:]), left, (*again.point, *again[1:]))
+        return found
+
+    def _is_native(self, problem: DenseQP) -> bool:
+        if self.options.solver == "auto":
+            small = problem.q.shape[1] <= _NATIVE_BELOW
+            return small and problem.q.device.type == "cpu" and is_available()
+        return self.options.solver == "daqp"
 
     def solve_linear(self, point: Sequence[Any], rhs: Tensor, transpose: bool, columns: bool) -> Solution:
         """Solve with the KKT matrix of the active set, or its transpose, reusing the engine's factor."""
@@ -142,9 +215,35 @@ class KKTProblem(Problem):
         if rhs.numel() == 0:
             status = torch.zeros(rhs.shape[:-1], dtype=torch.int64, device=rhs.device)
             return Solution(torch.zeros_like(rhs), status, rhs.new_zeros(rhs.shape[:-1]), status)
-        if self._factor is None:
-            self._factor = self._active_set_factor(w, _flat_problem(theta, self.sizes), None)
         flat = rhs.reshape(*rhs.shape[: int(columns)], -1, rhs.shape[-1])
+        point = w.reshape(-1, w.shape[-1])
+        if self._regular and self._parts is None:
+            self._parts = self._regular_factors(point, flat_problem(theta, self.sizes))
+        if self._regular and self._parts is not None:
+            pieces = [factor.solve(flat[..., part, :], transpose=transpose) for part, factor in self._parts]
+            solved, residual = pieces[0] if len(pieces) == 1 else (torch.cat([piece[i] for piece in pieces], -2 + i) for i in (0, 1))
+            self._regular = bool((residual <= _ACCURATE).all()) or not bool(torch.isfinite(flat).all())
+        if not self._regular:
+            if self._factor is None:
+                self._factor = self._active_set_factor(w, flat_problem(theta, self.sizes), None)
+            solved, residual = self._solve_by_normal_equations(flat, transpose)
+        residual = residual.reshape(rhs.shape[:-1])
+        status = (residual > SINGULAR_ABOVE) * int(Status.SINGULAR)
+        return Solution(solved.reshape(rhs.shape), status, residual, torch.zeros_like(status))
+
+    def _regular_factors(self, point: Tensor, problem: DenseQP) -> list[tuple[slice, ReducedFactor | TinyFactor]]:
+        """Factors of parts of the batch that fit into the cache."""
+        _, _, z, z_box = self.sizes.split(point)
+        held = [z.new_ones(z.shape[0], self.sizes.p, dtype=torch.bool), z > 0]
+        if z_box is not None:
+            held.append(torch.stack(_active_sides(z_box, problem.lb, problem.ub)).any(0))
+        tiny = point.shape[-1] ** 2 * min(point.shape[0], 4) <= _TINY
+        active, kind = torch.cat(held, -1), TinyFactor if tiny else ReducedFactor
+        size = max(_CACHED // (self.sizes.n + 1) ** 2, 1)
+        parts = [slice(first, first + size) for first in range(0, point.shape[0], size)]
+        return [(part, kind(problem.take(part), active[part])) for part in parts]
+
+    def _solve_by_normal_equations(self, flat: Tensor, transpose: bool) -> tuple[Tensor, Tensor]:
         x, y, z, z_box = self.sizes.split(flat)
         lower = self._factor.active_lower
         # The engine keeps one multiplier for each side of the box, with rows lb − x and x − ub; here w = upper − lower.
@@ -153,11 +252,9 @@ class KKTProblem(Problem):
         parts = [solved.x, solved.y, solved.z]
         if z_box is not None:
             parts.append(torch.where(lower, -solved.z_lower, solved.z_upper))
-        residual = residual.reshape(rhs.shape[:-1])
-        status = torch.where(residual <= _SINGULAR_ABOVE, int(Status.SOLVED), int(Status.SINGULAR))
-        return Solution(torch.cat(parts, -1).reshape(rhs.shape), status, residual, torch.zeros_like(status))
+        return torch.cat(parts, -1), residual
 
-    def pullback(self, x: Tensor, theta: Sequence[Any], which: Sequence[int], u: Tensor) -> list[Tensor]:
+    def pullback(self, x: Tensor, theta: Sequence[Any], which: Sequence[int], u: Tensor) -> Sequence[Tensor]:
         """(∂F/∂θ)ᵀ u in closed form: F is bilinear in θ and the unknowns, so that no product with P, G or A is needed."""
         _, _, _, _, _, _, lb, ub = theta
         x, y, z, z_box = self.sizes.split(x)
@@ -165,11 +262,11 @@ class KKTProblem(Problem):
         u_z = torch.where(z > 0, u_z, 0)
         lower, upper = (z > 0, z > 0) if z_box is None else _active_sides(z_box, lb, ub)
         closed = (
-            lambda: (_outer(u_x, x, theta[0]) + _outer(x, u_x, theta[0])) / 2,
+            lambda: _two_outer(u_x / 2, x, x / 2, u_x, theta[0]),
             lambda: u_x,
-            lambda: _outer(u_z, x, theta[2]) + _outer(z, u_x, theta[2]),
+            lambda: _two_outer(u_z, x, z, u_x, theta[2]),
             lambda: -u_z,
-            lambda: _outer(u_y, x, theta[4]) + _outer(y, u_x, theta[4]),
+            lambda: _two_outer(u_y, x, y, u_x, theta[4]),
             lambda: -u_y,
             lambda: torch.where(lower, -u_box, 0),
             lambda: torch.where(upper, -u_box, 0),
@@ -181,7 +278,7 @@ class KKTProblem(Problem):
         key = (in_dims, size)
         if key not in self._batched:
             deeper = self.sizes._replace(batch=(size, *self.sizes.batch))
-            self._batched[key] = KKTProblem(deeper, self.options)
+            self._batched[key] = type(self)(deeper, self.options)
         return self._batched[key]
 
     def align(self, theta: list[Any], in_dims: Sequence[int | None]) -> tuple[list[Any], tuple[int | None, ...]]:
@@ -215,14 +312,14 @@ class KKTProblem(Problem):
 def _residual(sizes: Sizes, w: Tensor, *theta: Any) -> Tensor:
     P, q, G, h, A, b, lb, ub = theta
     x, y, z, z_box = sizes.split(w)
-    gradient = q if P is None else (_times(P, x) + _times(P.mT, x)) / 2 + q
+    gradient = q if P is None else (times(P, x) + times(P.mT, x)) / 2 + q
     rows = []
     if A is not None:
-        gradient = gradient + _times(A.mT, y)
-        rows.append(_times(A, x) - b)
+        gradient = gradient + times(A.mT, y)
+        rows.append(times(A, x) - b)
     if G is not None:
-        gradient = gradient + _times(G.mT, z)
-        rows.append(torch.where(z > 0, _times(G, x) - h, z))
+        gradient = gradient + times(G.mT, z)
+        rows.append(torch.where(z > 0, times(G, x) - h, z))
     if z_box is not None:
         gradient = gradient + z_box
         lower, upper = _active_sides(z_box, lb, ub)
@@ -230,12 +327,19 @@ def _residual(sizes: Sizes, w: Tensor, *theta: Any) -> Tensor:
     return torch.cat([gradient.expand_as(x), *rows], -1)
 
 
+def _insert(targets: Sequence[MaybeTensor], index: Tensor, sources: Sequence[MaybeTensor]) -> None:
+    for target, source in zip(targets, sources, strict=True):
+        if target is not None:
+            target[index] = source
+
+
 def _active_sides(z_box: Tensor, lb: Tensor, ub: Tensor) -> tuple[Tensor, Tensor]:
     """Which bounds are active; a fixed variable (lb = ub) always has one, whatever its multiplier."""
     return z_box < 0, (z_box > 0) | ((z_box == 0) & (lb == ub))
 
 
-def _times(matrix: Tensor, vector: Tensor) -> Tensor:
+def times(matrix: Tensor, vector: Tensor) -> Tensor:
+    """The products of matrices ``(*batch, k, n)`` and vectors ``(*batch, n)``."""
     # One matrix for the whole batch is one product, and its gradient too.
     return vector @ matrix.mT if matrix.dim() == 2 else (matrix @ vector.unsqueeze(-1)).squeeze(-1)
 
@@ -250,14 +354,16 @@ def _is_convex(P: Tensor, rounding: float) -> Tensor:
     return (torch.linalg.cholesky_ex(torch.where(finite[:, None, None], shifted, 0)).info == 0) | ~finite
 
 
-def _outer(left: Tensor, right: Tensor, like: Tensor) -> Tensor:
-    """The outer product left rightᵀ, summed over the batch if ``like`` is one matrix for all of it."""
-    if like.dim() == 2:
-        return left.reshape(-1, left.shape[-1]).mT @ right.reshape(-1, right.shape[-1])
-    return left.unsqueeze(-1) * right.unsqueeze(-2)
+def _two_outer(left: Tensor, right: Tensor, other_left: Tensor, other_right: Tensor, like: Tensor) -> Tensor:
+    """``left rightᵀ + other_left other_rightᵀ`` by one product, summed over the batch if ``like`` is one matrix for all of it."""
+    axis = -1 if like.dim() > 2 else -2
+    pairs = (torch.stack((left, other_left), axis), torch.stack((right, other_right), axis))
+    if like.dim() > 2:
+        return pairs[0] @ pairs[1].mT
+    return pairs[0].reshape(-1, left.shape[-1]).mT @ pairs[1].reshape(-1, right.shape[-1])
 
 
-def _flat_problem(theta: Sequence[Any], sizes: Sizes) -> DenseQP:
+def flat_problem(theta: Sequence[Any], sizes: Sizes) -> DenseQP:
     """The arguments with one batch dimension; matrices that the whole batch shares keep it at 1."""
     P, q, G, h, A, b, lb, ub = theta
     new = functools.partial(torch.zeros, dtype=torch.float64, device=q.device)

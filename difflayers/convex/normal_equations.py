@@ -76,7 +76,7 @@ class DenseQP(NamedTuple):
     lb: MaybeTensor = None
     ub: MaybeTensor = None
 
-    def take(self, index: Tensor) -> DenseQP:
+    def take(self, index: Tensor | slice) -> DenseQP:
         """The elements ``index`` of the batch; what is shared stays shared."""
         return DenseQP(*(take(t, index) for t in self))
 
@@ -107,7 +107,7 @@ class KKTError(NamedTuple):
     relative: Tensor
 
 
-def take(tensor: MaybeTensor, index: Tensor) -> MaybeTensor:
+def take(tensor: MaybeTensor, index: Tensor | slice) -> MaybeTensor:
     """The elements ``index`` of a batched tensor; None and matrices that the batch shares are returned as they are."""
     return tensor if tensor is None or (tensor.dim() == 3 and tensor.shape[0] == 1) else tensor[index]
 

@@ -2,8 +2,9 @@ r"""Quadratic programs as a layer: batched, dense, differentiable to any order.
 
 .. math:: \min_x \tfrac12 x^T P x + q^T x \quad\text{subject to}\quad G x \le h,\; A x = b,\; l \le x \le u,
 
-with P positive semidefinite (zero gives a linear program). An interior-point method (:mod:`~difflayers.convex.interior_point`) finds the
-solution and hands over to an exact solve on its active set; a status is decided by the measured residuals of the
+with P positive semidefinite (zero gives a linear program). Two engines find the solution, a compiled active-set method
+(:mod:`~difflayers.convex.native`) and a batched interior-point method that ends in an exact solve on its active set
+(:mod:`~difflayers.convex.interior_point`). A status is decided by the measured residuals of the
 optimality conditions, which are also what the core differentiates (:mod:`~difflayers.convex.kkt`).
 
 The solution is differentiable where strict complementarity holds (no constraint is active with a zero multiplier). Elsewhere the
@@ -18,17 +19,19 @@ Stability Analysis in Nonlinear Programming, Academic Press 1983.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from ..errors import ShapeError
+from ..errors import MissingExtraError, ShapeError
 from ..implicit.closure import visible_to_modes
 from ..implicit.eager import eager
 from ..implicit.function import ImplicitFunction
 from ..solution import OnFailure, Status
 from .kkt import CORE_NDIMS, KKTProblem, Options, QPSolution, Sizes
+from .native import is_available
+from .smoothing import SmoothedProblem
 
 __all__ = ["QPLayer", "QPSolution", "solve_qp"]
 
@@ -46,10 +49,11 @@ def solve_qp(
     lb: Tensor | None = None,
     ub: Tensor | None = None,
     *,
-    solver: Literal["auto", "interior_point"] = "auto",
+    solver: Literal["auto", "daqp", "interior_point"] = "auto",
     tol: float | None = None,
     max_iter: int | None = None,
     warm_start: QPSolution | None = None,
+    smoothing: float | None = None,
     on_failure: OnFailure = "raise",
 ) -> QPSolution:
     """Solve min ½ xᵀPx + qᵀx subject to Gx ≤ h, Ax = b, lb ≤ x ≤ ub, for each element of the batch on its own.
@@ -67,10 +71,14 @@ def solve_qp(
         b: ``(*batch, p)``.
         lb: ``(*batch, n)``, or None; −inf is no bound.
         ub: ``(*batch, n)``, or None; +inf is no bound.
-        solver: "interior_point"; "auto" chooses it.
+        solver: "daqp", compiled (:mod:`~difflayers.convex.native`), for up to some hundred unknowns on the CPU; "interior_point", batched
+            (:mod:`~difflayers.convex.interior_point`), everywhere; "auto" chooses. All answers carry the same certificate.
         tol: largest KKT residual of a solved element, relative to 1 + the size of its terms. None: 1e-9 (float64), 1e-6 (float32).
-        max_iter: interior-point iterations; None: 100.
-        warm_start: the solution of a similar problem; an unchanged active set then costs one factorization.
+        max_iter: iterations of the interior-point method; None: 100.
+        warm_start: the solution of a similar problem; an unchanged active set then costs one factorization. It is used where it pays.
+        smoothing: weight μ > 0 of a logarithmic barrier, in units of the objective: returns the point of the central path where every
+            product of a multiplier and its slack is μ (:mod:`~difflayers.convex.smoothing`), which is differentiable everywhere and has a
+            gradient where that of the solution is zero. Needs a strictly feasible point; ``solver`` and ``warm_start`` are not used.
         on_failure: ``"raise"``, ``"nan"`` (failed elements are NaN and have zero gradient) or ``"warn"`` (best iterate).
 
     Returns:
@@ -92,19 +100,28 @@ def solve_qp(
         tensor([-1., 0.])
     """
     arguments = (P, q, G, h, A, b, lb, ub)
-    if solver not in ("auto", "interior_point"):
-        raise ValueError(f"solver={solver!r} is not known; choose 'auto' or 'interior_point'")
+    if solver not in ("auto", "daqp", "interior_point"):
+        raise ValueError(f"solver={solver!r} is not known; choose 'auto', 'daqp' or 'interior_point'")
     sizes = _validate(arguments)
+    if solver == "daqp" and not is_available():
+        raise MissingExtraError("solver='daqp' needs the package daqp: pip install daqp; solver='interior_point' needs nothing")
+    if solver == "daqp" and q.device.type != "cpu":
+        raise ValueError(f"solver='daqp' runs on the CPU, and the problem is on {q.device}; take solver='interior_point'")
     dtype = q.dtype
     double = dtype == torch.float64
     options = Options(
+        solver=solver,
         tol=(1e-9 if double else 1e-6) if tol is None else tol,
         max_iter=100 if max_iter is None else max_iter,
         on_failure=on_failure,
         rounding=1e-9 if double else 1e-5,
         warm=warm_start is not None,
+        smoothing=0.0 if smoothing is None else smoothing,
     )
-    problem = KKTProblem(sizes, options)
+    if smoothing is not None and not 0 < smoothing < float("inf"):
+        raise ValueError(f"smoothing must be a positive number or None, got {smoothing}")
+    smooth = smoothing is not None and (sizes.m > 0 or sizes.boxed)
+    problem = SmoothedProblem(sizes, options) if smooth else KKTProblem(sizes, options)
     theta: list[Tensor | None] = [None if part is None else part.to(torch.float64) for part in arguments]
     if sizes.boxed:
         for side, infinity in ((6, -torch.inf), (7, torch.inf)):
@@ -129,6 +146,8 @@ class QPLayer(nn.Module):
         tol: as in :func:`solve_qp`.
         max_iter: as in :func:`solve_qp`.
         on_failure: as in :func:`solve_qp`.
+        smoothing: as in :func:`solve_qp`.
+        warm_start: start each solve from the last solution, while the sizes stay the same. What is returned does not depend on it.
 
     Example:
         >>> import torch
@@ -143,15 +162,19 @@ class QPLayer(nn.Module):
     def __init__(
         self,
         *,
-        solver: Literal["auto", "interior_point"] = "auto",
+        solver: Literal["auto", "daqp", "interior_point"] = "auto",
         tol: float | None = None,
         max_iter: int | None = None,
         on_failure: OnFailure = "raise",
+        smoothing: float | None = None,
+        warm_start: bool = False,
     ) -> None:
         super().__init__()
-        self.solver: Literal["auto", "interior_point"] = solver
+        self.solver: Literal["auto", "daqp", "interior_point"] = solver
         self.tol, self.max_iter = tol, max_iter
         self.on_failure: OnFailure = on_failure
+        self.smoothing, self.warm_start = smoothing, warm_start
+        self._last: tuple[Sizes, QPSolution] | None = None
 
     def forward(
         self,
@@ -205,17 +228,24 @@ class QPLayer(nn.Module):
             warm_start: the solution of a similar problem.
         """
         problem = (P, q, G, h, A, b, lb, ub)
-        return solve_qp(
-            *problem, solver=self.solver, tol=self.tol, max_iter=self.max_iter, warm_start=warm_start, on_failure=self.on_failure
-        )
+        options: dict[str, Any] = {name: getattr(self, name) for name in ("solver", "tol", "max_iter", "smoothing", "on_failure")}
+        if not self.warm_start:
+            return solve_qp(*problem, warm_start=warm_start, **options)
+        sizes = _validate(problem)
+        if warm_start is None and self._last is not None and self._last[0] == sizes:
+            warm_start = self._last[1]
+        found = solve_qp(*problem, warm_start=warm_start, **options)
+        if torch._C._functorch.peek_interpreter_stack() is None:  # what a transform wraps must not outlive it
+            self._last = sizes, QPSolution(*(None if part is None else part.detach().nan_to_num() for part in found))
+        return found
 
     def extra_repr(self) -> str:
         """The options that differ from their defaults, and ``on_failure``."""
         shown = [f"on_failure={self.on_failure!r}"]
         shown += [
             f"{name}={value!r}"
-            for name, value in (("solver", self.solver), ("tol", self.tol), ("max_iter", self.max_iter))
-            if value not in (None, "auto")
+            for name in ("solver", "tol", "max_iter", "smoothing", "warm_start")
+            if (value := getattr(self, name)) not in (None, "auto", False)
         ]
         return ", ".join(shown)
 
@@ -253,7 +283,7 @@ def _validate(arguments: Sequence[Tensor | None]) -> Sizes:
         if value is not None
     }
     try:
-        batch = torch.broadcast_shapes(*leads.values())
+        batch = leads["q"] if len(set(leads.values())) == 1 else torch.broadcast_shapes(*leads.values())
     except RuntimeError as error:
         raise ShapeError("batch dimensions do not broadcast: " + ", ".join(f"{name} {lead}" for name, lead in leads.items())) from error
     return Sizes(tuple(batch), n, p, m, given["lb"] is not None or given["ub"] is not None)

@@ -17,6 +17,7 @@ same factorized system.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -245,6 +246,8 @@ class Linearized(_Residual):
             report_failures(found, "linear_solve", self.base.on_failure)
             finite = torch.isfinite(found.x).all(-1, keepdim=True)
             return found._replace(x=torch.where(finite, found.x, 0)) if self.base.on_failure == "nan" else found
+        if not bool(found.status.any()):
+            return found
         # A cotangent that is NaN is the caller's news, not a failure of the solve: it passes through as NaN.
         failed = (found.status != Status.SOLVED) & torch.isfinite(g).all(-1)
         report_failures(
@@ -349,6 +352,10 @@ class ImplicitFunction(torch.autograd.Function):
         return ImplicitFunction.apply(deeper, torch.zeros_like(g), x, *moved, g), columns
 
 
+# Function.apply binds its arguments to this signature at every call, and would work it out anew each time.
+vars(ImplicitFunction)["forward"].__func__.__signature__ = inspect.signature(ImplicitFunction.forward)
+
+
 def _apply(problem: Linearized, *operands: Any) -> tuple[Tensor, ...]:
     """``ImplicitFunction.apply``, also under the older vmap that ``autograd.grad(is_grads_batched=True)`` still runs backward in.
 
@@ -356,7 +363,8 @@ def _apply(problem: Linearized, *operands: Any) -> tuple[Tensor, ...]:
     """
     batched = [isinstance(leaf, Tensor) and torch._C._functorch.is_legacy_batchedtensor(leaf) for leaf in operands]
     if not any(batched):
-        return ImplicitFunction.apply(problem, *operands)
+        recorded = torch.is_grad_enabled() or forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None
+        return (ImplicitFunction.apply if recorded else ImplicitFunction.forward)(problem, *operands)
     level = torch._C._vmapmode_increment_nesting() - 1
     torch._C._vmapmode_decrement_nesting()
     plain = [torch._remove_batch_dim(leaf, level, 0, 0) if yes else leaf for leaf, yes in zip(operands, batched, strict=True)]

@@ -178,7 +178,9 @@ def test_no_status_that_the_numbers_do_not_bear_out(seed, n, m, p, bounded, defi
             assert status == (Status.DUAL_INFEASIBLE if ray.fun < -1e-7 else Status.SOLVED)
     solved = (result.status == Status.SOLVED).nonzero().squeeze(-1)
     point = KKTPoint(*(None if t is None else t[solved] for t in point_of(result)))
-    assert max(kkt_violation(problem.take(solved), point).values()) <= 1e-8
+    # What is certified is relative to the terms of the conditions: of an ill-conditioned P they are large.
+    size = 1 + float(point.x.abs().amax() if point.x.numel() else 0.0) ** 2
+    assert max(kkt_violation(problem.take(solved), point).values()) <= 1e-8 * size
 
 
 def test_inputs_stay_and_the_default_dtype_does_not_leak():

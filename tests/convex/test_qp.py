@@ -298,15 +298,18 @@ def test_float32_comes_back_with_the_accuracy_of_float32():
     assert all(leaf.grad.dtype == torch.float32 for leaf in single.values())
 
 
-def test_warm_start_gives_the_same_answer_in_fewer_iterations():
-    problem = random_qp(18, (6,), 20, 20, 4, boxed=True)
-    cold = solve_qp(**problem)
+@pytest.mark.parametrize("solver", ["auto", "interior_point"])
+def test_warm_start_gives_the_same_answer_in_fewer_iterations(solver):
+    problem = random_qp(18, (24,), 50, 50, 4, boxed=True)
+    cold = solve_qp(**problem, solver=solver)
     near = problem | {"q": problem["q"] + 1e-7}
-    warm = solve_qp(**near, warm_start=cold)
+    warm = solve_qp(**near, warm_start=cold, solver=solver)
     torch.testing.assert_close(warm.x, solve_qp(**near).x, rtol=1e-8, atol=1e-9)
-    assert int(warm.iterations.sum()) < int(cold.iterations.sum())
+    assert int(warm.iterations.sum()) < int(cold.iterations.sum()) / 5
+    with pytest.raises(ShapeError, match="warm_start belongs to a batch"):
+        solve_qp(**random_qp(1, (6,), 50, 50, 4, boxed=True), warm_start=cold)
     with pytest.raises(ShapeError, match="warm_start"):
-        solve_qp(**random_qp(1, (6,), 4, 3, 1), warm_start=cold)
+        solve_qp(**random_qp(1, (24,), 4, 3, 1), warm_start=cold)
 
 
 def test_rows_and_bounds_at_infinity_are_absent():
@@ -349,7 +352,7 @@ def test_bad_shapes_and_types_are_explained(change, message):
 
 
 def test_unknown_options_are_explained():
-    with pytest.raises(ValueError, match="choose 'auto' or 'interior_point'"):
+    with pytest.raises(ValueError, match="choose 'auto', 'daqp' or 'interior_point'"):
         solve_qp(**random_qp(0), solver="simplex")
     with pytest.raises(ValueError, match="choose 'raise', 'nan' or 'warn'"):
         solve_qp(**random_qp(0), on_failure="ignore")
@@ -379,3 +382,35 @@ def test_nothing_is_kept_or_mutated():
     torch.testing.assert_close(first, second, rtol=0, atol=0)
     assert torch.equal(cotangent, kept)
     assert all(torch.equal(leaves[name], before[name]) for name in before)
+
+
+def test_a_layer_that_remembers_gives_the_same_answers():
+    layer = QPLayer(warm_start=True)
+    for seed in (1, 1, 2):
+        problem = random_qp(seed, (24,), 40, 40, 4)
+        x = layer(**problem)
+        torch.testing.assert_close(x, solve_qp(**problem).x, rtol=1e-9, atol=1e-10)
+    problem = random_qp(3, (2,), 5, 4, 1)
+    torch.testing.assert_close(layer(**problem), solve_qp(**problem).x)  # other sizes: nothing to remember
+    torch.func.vmap(lambda q: layer(**problem | {"q": q}))(problem["q"].expand(3, 2, 5))
+    torch.testing.assert_close(copy.deepcopy(layer)(**problem), solve_qp(**problem).x)
+
+
+@pytest.mark.parametrize("solver", ["daqp", "interior_point"])
+def test_every_solver_has_the_same_derivatives(solver):
+    problem = {name: part.clone().requires_grad_() for name, part in random_qp(4, (5,), 40, 30, 4, boxed=True).items()}
+    weights = torch.linspace(-1, 1, 40, **FLOAT)
+    slopes = []
+    for which in (solver, "auto"):
+        found = solve_qp(**problem, solver=which)
+        loss = (found.x * weights).sum() + found.z.square().sum() + found.y.sum() + found.z_box.square().sum()
+        first = torch.autograd.grad(loss, list(problem.values()), create_graph=True)
+        second = torch.autograd.grad(first[1].square().sum() + first[3].sum(), list(problem.values()))
+        slopes.append([*first, *second])
+    for mine, other in zip(*slopes, strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-6, atol=1e-7)
+
+
+def test_daqp_refuses_another_device():
+    with pytest.raises(ValueError, match="CPU"):
+        solve_qp(torch.eye(2, device="meta"), torch.ones(2, device="meta"), solver="daqp")
