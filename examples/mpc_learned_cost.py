@@ -198,8 +198,9 @@ for seed, generator in enumerate(generators):
         steps = options.steps if name == "learned controller" else 10 * options.steps
         train(policy, rate, steps, *examples, generator, f"seed {seed}, {name:18}")
         parameters[name] = sum(p.numel() for p in policy.parameters())
-        driven[name] = drive(policy, starts)
-        scores.setdefault(name, []).append(judge(*driven[name]))
+        run = drive(policy, starts)
+        driven.setdefault(name, run)  # the first seed's, for the figure
+        scores.setdefault(name, []).append(judge(*run))
 
 print(f"\n{COUNT} unseen initial states, mean of {options.seeds} seeds ({options.steps} steps, {10 * options.steps} for the networks)")
 print(f"{'':23}{'parameters':>10}" + "".join(f"{test:>35}" for test in TESTS))
@@ -208,13 +209,17 @@ for name, results in scores.items():
     means = torch.stack(results).mean(0)
     columns = "".join(f"{fell:11.1f} %{left:10.1f} %{price:10.2f}" for fell, left, price in means)
     print(f"{name:23}{parameters[name]:10}{columns}")
+for name in NAMES[2:]:
+    shares = ", ".join(f"{result[1, 0]:.1f} %" for result in scores[name])
+    print(f"{name}, further out: fell {shares} (each seed)")
 
 # %%
 # The limits are in the problem
 # -----------------------------
 # The controller has learned 21 numbers, and all else it knows: how the cart moves, roughly, and where the track ends. So three
 # demonstrations are enough. The networks have seen a thin set of states and fail where they leave it; more demonstrations help them
-# (try ``--demonstrations 30``). The figure shows what the policies of the last seed do from the initial states that are further out.
+# (try ``--demonstrations 30``). With the third seed the demonstrations are so gentle that the networks learn nothing useful, and always
+# fall; with the others they fall in 14 to 23 of 100 cases where the initial states are further out. The paths are the first seed's.
 
 figure, axes = plt.subplots(1, 4, figsize=(15, 4), layout="constrained", width_ratios=(1.25, 1, 1, 1))
 colours = {
