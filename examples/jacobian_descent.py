@@ -13,7 +13,7 @@ for the result, too: to first order, no step raises any loss. The projection of 
 .. math:: v_i = \arg\min_v \tfrac12 v^T J J^T v \quad\text{subject to}\quad v \ge e_i.
 
 These are ten quadratic programs with the same matrix and ten different bounds. :func:`~difflayers.convex.solve_qp` takes them as one
-batch, and here for nine networks at once. (It could be differentiated as well. Nothing here needs that: a fast, exact batch is enough.)
+batch, and here for several networks at once. (It could be differentiated as well. Nothing here needs that: a fast, exact batch is enough.)
 """
 
 from __future__ import annotations
