@@ -218,7 +218,7 @@ for name in NAMES[2:]:
 # The controller has learned 21 numbers, and all else it knows: how the cart moves, roughly, and where the track ends. So three
 # demonstrations are enough. The networks have seen a thin set of states and fail where they leave it; more demonstrations help them
 # (try ``--demonstrations 30``). Further out, the large network falls in about a quarter of the cases and the learned controller in none.
-# It does leave the track there, in one case of five, as the expert does: from these states neither can stop in time. The paths are the
+# It does leave the track there, in one case of five, as the expert does. The paths are the
 # first seed's.
 
 figure, axes = plt.subplots(1, 4, figsize=(15, 4), layout="constrained", width_ratios=(1.25, 1, 1, 1))
