@@ -19,15 +19,19 @@ LINES = {
     "quickstart": ["noisy {} {} {}", "total variation {} {} {}", "network alone {} {} {}", "network + layer {} {} {}"],
     "degenerate_derivatives": ["row given 3 times: sum of multipliers {}", "smoothing=0.1: workers in the wrong job before {}"],
     "custom_root_scipy": ["one penalty, grid search {} {} {}", "penalty by distance, gradient {} {} {}"],
+    "sudoku_optnet": ["large perceptron 328768 {} {} {} {}", "learned rules 2625 {} {} {} {}", "{} before training, {} learned"],
+    "decision_focused": ["squared error {} {} {} {} %", "end to end {} {} {} {} %", "oracle {} {} {} {} %"],
+    "mpc_learned_cost": ["large network 1249 {} % {} % {} {} % {} % {}", "learned controller 21 {} % {} % {} {} % {} % {}"],
+    "jacobian_descent": ["average {} {} {} × {} × {} {} {} %", "UPGrad {} {} {} × {} × {} {} {} %"],
 }
-OPTIONS = {"quickstart": ["--seeds", "1"]}
+OPTIONS = {name: ["--seeds", "1"] for name in ("quickstart", "decision_focused", "mpc_learned_cost")}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
 def test_example_runs_in_short_mode(example: Path, tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
-    pytest.importorskip("skimage")
+    for package in ("matplotlib", "skfolio", "skimage", "sklearn"):
+        pytest.importorskip(package)
     script = Path(shutil.copy(example, tmp_path))  # figures are written beside the script: here, not over those of a full run
     environment = os.environ | {
         "DIFFLAYERS_SHORT": "1",
