@@ -140,8 +140,7 @@ def solve_rows(
 def _solve(structure: Structure, theta: Sequence[Tensor | None], options: ConeOptions, start: Tensor | None) -> list[Tensor]:
     """x, v and the diagnostics."""
     known_solver(options.solver)
-    q = theta[1]
-    assert q is not None
+    q: Any = theta[1]
     length = structure.n + structure.m
     point = q.new_zeros(*structure.batch, length) if start is None else start.detach().expand(*structure.batch, length)
     point, *values = visible_to_modes([point, *theta])

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from ..implicit.function import Problem
+from ..implicit.broadcasting import BroadcastingProblem
 from ..implicit.methods import LinearMethod
 from ..solution import OnFailure, Solution, Status, report_failures
 from ..solvers.linearize import vjp
@@ -125,8 +125,10 @@ class ConeOptions(NamedTuple):
     lenient: bool = False
 
 
-class ConeProblem(Problem):
+class ConeProblem(BroadcastingProblem):
     """The optimality conditions as a root problem; θ = (values of P or None, q, values of A, b), which broadcast by themselves."""
+
+    core_ndims = (1,) * 4
 
     def __init__(self, structure: Structure, options: ConeOptions) -> None:
         super().__init__(
@@ -226,8 +228,8 @@ class ConeProblem(Problem):
             return (self._projected(v) - v)[..., A.rows] * u_x[..., A.columns] + u_v[..., A.rows] * x[..., A.columns]
 
         def of_P() -> Tensor:
-            assert P is not None
-            return u_x[..., P.rows] * x[..., P.columns]
+            pattern: Any = P
+            return u_x[..., pattern.rows] * x[..., pattern.columns]
 
         closed = (of_P, lambda: u_x, of_A, lambda: -u_v)
         return [closed[i]().sum_to_size(theta[i].shape) for i in which]
@@ -253,24 +255,9 @@ class ConeProblem(Problem):
         """The slack. The search knows it; a tensor that is differentiated further, or transformed, needs the operations."""
         return self._slack if self._slack is not None and _is_plain(v) else project(self.structure.cones, v)
 
-    def batched(self, in_dims: tuple[int | None, ...], size: int, randomness: str) -> Problem:
-        """The same problem with one more leading dimension: every argument broadcasts by itself."""
-        key = (in_dims, size)
-        if key not in self._batched:
-            deeper = self.structure._replace(batch=(size, *self.structure.batch))
-            self._batched[key] = ConeProblem(deeper, self.options)
-        return self._batched[key]
-
-    def align(self, theta: list[Any], in_dims: Sequence[int | None]) -> tuple[list[Any], tuple[int | None, ...]]:
-        """The arguments with their new dimension in front and ones behind it, so that they broadcast against each other."""
-        moved = []
-        for leaf, dim in zip(theta, in_dims, strict=True):
-            if dim is not None:
-                missing = 2 + self.batch_ndim - leaf.dim()
-                leaf = leaf.movedim(dim, 0)
-                leaf = leaf.reshape(leaf.shape[0], *[1] * missing, *leaf.shape[1:])
-            moved.append(leaf)
-        return moved, tuple(None if dim is None else 0 for dim in in_dims)
+    def deeper(self, size: int) -> ConeProblem:
+        """The same problem with one more leading dimension."""
+        return ConeProblem(self.structure._replace(batch=(size, *self.structure.batch)), self.options)
 
     def _solve_flat(self, z: Tensor, theta: Sequence[Any], rhs: Tensor, transpose: bool) -> tuple[Tensor, Tensor]:
         if self._factor is None:

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ShapeError
-from ..implicit.function import Problem
+from ..implicit.broadcasting import BroadcastingProblem
 from ..implicit.methods import LinearMethod
 from ..solution import OnFailure, Solution, Status, report_failures
 from .active_set import ActiveSetFactor
@@ -122,8 +122,10 @@ class Options(NamedTuple):
     smoothing: float = 0.0
 
 
-class KKTProblem(Problem):
+class KKTProblem(BroadcastingProblem):
     """The KKT conditions as a root problem whose batches broadcast by themselves, solved and factorized by the dense engine."""
+
+    core_ndims = CORE_NDIMS
 
     def __init__(self, sizes: Sizes, options: Options) -> None:
         residual = functools.partial(_residual, sizes)
@@ -274,24 +276,9 @@ class KKTProblem(Problem):
         )
         return [closed[i]().sum_to_size(theta[i].shape) for i in which]
 
-    def batched(self, in_dims: tuple[int | None, ...], size: int, randomness: str) -> Problem:
-        """The same problem with one more leading dimension: every argument broadcasts by itself."""
-        key = (in_dims, size)
-        if key not in self._batched:
-            deeper = self.sizes._replace(batch=(size, *self.sizes.batch))
-            self._batched[key] = type(self)(deeper, self.options)
-        return self._batched[key]
-
-    def align(self, theta: list[Any], in_dims: Sequence[int | None]) -> tuple[list[Any], tuple[int | None, ...]]:
-        """The arguments with their new dimension in front and ones behind it, so that they broadcast against each other."""
-        moved = []
-        for leaf, dim, core in zip(theta, in_dims, CORE_NDIMS, strict=True):
-            if dim is not None:
-                missing = 1 + self.batch_ndim + core - leaf.dim()
-                leaf = leaf.movedim(dim, 0)
-                leaf = leaf.reshape(leaf.shape[0], *[1] * missing, *leaf.shape[1:])
-            moved.append(leaf)
-        return moved, tuple(None if dim is None else 0 for dim in in_dims)
+    def deeper(self, size: int) -> KKTProblem:
+        """The same problem with one more leading dimension."""
+        return type(self)(self.sizes._replace(batch=(size, *self.sizes.batch)), self.options)
 
     def _active_set_factor(self, point: Tensor, problem: DenseQP, known: ActiveSetFactor | None) -> ActiveSetFactor:
         """The factor of the Jacobian of F at ``point``: the known one if it has the active set that F reads off the multipliers."""

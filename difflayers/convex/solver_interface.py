@@ -74,9 +74,8 @@ def cvxpylayers_solver(*, solver: str = "auto", tol: float = 1e-8, on_failure: O
             options = ConeOptions(tol, None, "CLARABEL" if name == "auto" else name, solver_args, on_failure, False, "cvxpylayers_solver")
             with torch.enable_grad() if needs_grad else torch.no_grad():
                 leaves = [None if part is None else part.detach().clone().requires_grad_(needs_grad) for part in (P, q, A)]
-                values_P, values_q, rows = (None if part is None else part.to(torch.float64) for part in leaves)
-                assert values_q is not None
-                assert rows is not None
+                values: list[Any] = [None if part is None else part.to(torch.float64) for part in leaves]
+                values_P, values_q, rows = values
                 b = rows.new_zeros(len(rows), self.A.shape[0]).index_add(-1, self.where, rows[:, ~self.inside])
                 theta = (None if self.P is None else values_P, values_q[:, :-1], -rows[:, self.inside], b)
                 x, y, *_ = solve_rows(Structure((len(q),), self.cones, self.P, self.A), theta, options)

@@ -21,8 +21,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..implicit.broadcasting import BroadcastingProblem
 from ..implicit.closure import visible_to_modes
-from ..implicit.function import ImplicitFunction, Problem
+from ..implicit.function import ImplicitFunction
 from ..implicit.methods import LinearMethod
 from ..solution import OnFailure, Solution, Status, report_failures
 from .kkt import Options, QPSolution, Sizes, _active_sides
@@ -95,8 +96,10 @@ def _stand_in(matrix: SparseMatrix) -> Tensor:
     return torch.zeros((), dtype=values.dtype, device=values.device).expand(*values.shape[:-1], *matrix.shape)
 
 
-class SparseKKTProblem(Problem):
+class SparseKKTProblem(BroadcastingProblem):
     """The KKT conditions as a root problem in the values of fixed patterns; every argument is a vector ``(*batch, ·)`` and broadcasts."""
+
+    core_ndims = (1,) * 8
 
     def __init__(self, sizes: Sizes, options: Options, patterns: tuple[Pattern, Pattern, Pattern]) -> None:
         residual = functools.partial(_residual, sizes, patterns)
@@ -166,23 +169,9 @@ class SparseKKTProblem(Problem):
         )
         return [closed[i]().sum_to_size(theta[i].shape) for i in which]
 
-    def batched(self, in_dims: tuple[int | None, ...], size: int, randomness: str) -> Problem:
-        """The same problem with one more leading dimension: every argument broadcasts by itself."""
-        key = (in_dims, size)
-        if key not in self._batched:
-            deeper = self.sizes._replace(batch=(size, *self.sizes.batch))
-            self._batched[key] = SparseKKTProblem(deeper, self.options, self.patterns)
-        return self._batched[key]
-
-    def align(self, theta: list[Any], in_dims: Sequence[int | None]) -> tuple[list[Any], tuple[int | None, ...]]:
-        """The arguments with their new dimension in front and ones behind it, so that they broadcast against each other."""
-        moved = []
-        for leaf, dim in zip(theta, in_dims, strict=True):
-            if dim is not None:
-                leaf = leaf.movedim(dim, 0)
-                leaf = leaf.reshape(leaf.shape[0], *[1] * (2 + self.batch_ndim - leaf.dim()), *leaf.shape[1:])
-            moved.append(leaf)
-        return moved, tuple(None if dim is None else 0 for dim in in_dims)
+    def deeper(self, size: int) -> SparseKKTProblem:
+        """The same problem with one more leading dimension."""
+        return SparseKKTProblem(self.sizes._replace(batch=(size, *self.sizes.batch)), self.options, self.patterns)
 
     def _solve(self, elements: _Elements, i: int, start: SparsePoint | None) -> SparseResult:
         problem = elements[i]

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from ...errors import ShapeError
+from ...implicit.broadcasting import BroadcastingProblem
 from ...implicit.closure import visible_to_modes
 from ...implicit.function import ImplicitFunction
 from ...implicit.methods import LinearMethod
 from ...solution import OnFailure, Solution, Status, report_failures
-from .broadcasting import BroadcastingProblem
 
 __all__ = ["Number", "check_parameter", "check_rows", "failures_reported", "negative_radius_reported", "radius"]
 
@@ -146,7 +146,7 @@ class _Report(BroadcastingProblem):
         report_failures(Solution(point, status, violation, torch.zeros_like(status)), self.what, self.on_failure)
         return (x0.clone(),)
 
-    def deeper(self) -> _Report:
+    def deeper(self, size: int) -> _Report:
         return _Report(self.what, self.on_failure, self.batch_ndim + 1, self.core_ndims[0])
 
 

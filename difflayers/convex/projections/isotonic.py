@@ -19,12 +19,12 @@ import torch
 from torch import Tensor
 
 from ...errors import ShapeError
+from ...implicit.broadcasting import BroadcastingProblem
 from ...implicit.closure import visible_to_modes
 from ...implicit.eager import eager
 from ...implicit.function import ImplicitFunction
 from ...implicit.methods import LinearMethod
 from .arguments import check_parameter, check_rows
-from .broadcasting import BroadcastingProblem
 
 __all__ = ["projection_isotonic"]
 
@@ -89,7 +89,7 @@ class _Pooling(BroadcastingProblem):
             first[i] = _first_of_block(row, weight)
         return (x0.clone(), first.reshape(x.shape).to(x.device))
 
-    def deeper(self) -> _Pooling:
+    def deeper(self, size: int) -> _Pooling:
         return _Pooling(self.batch_ndim + 1)
 
 

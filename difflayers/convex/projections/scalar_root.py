@@ -16,11 +16,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ...implicit.broadcasting import BroadcastingProblem
 from ...implicit.closure import visible_to_modes
 from ...implicit.function import solve_implicitly
 from ...implicit.methods import LinearMethod
 from ...solution import Solution, Status
-from .broadcasting import BroadcastingProblem
 
 __all__ = ["Equation", "scalar_root"]
 
@@ -76,7 +76,7 @@ class _ScalarRoot(BroadcastingProblem):
         status = torch.full(rhs.shape[:-1], int(Status.SOLVED), device=rhs.device)
         return Solution(solved, status, rhs.new_zeros(rhs.shape[:-1]), status.clone())
 
-    def deeper(self) -> _ScalarRoot:
+    def deeper(self, size: int) -> _ScalarRoot:
         return _ScalarRoot(self.equation, self.batch_ndim + 1, len(self.core_ndims))
 
 

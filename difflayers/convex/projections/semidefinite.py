@@ -27,13 +27,13 @@ import torch
 from torch import Tensor
 
 from ...errors import ShapeError
+from ...implicit.broadcasting import BroadcastingProblem
 from ...implicit.closure import visible_to_modes
 from ...implicit.eager import eager
 from ...implicit.function import ImplicitFunction, solve_implicitly
 from ...implicit.methods import LinearMethod
 from ...solution import Solution
 from .arguments import check_rows
-from .broadcasting import BroadcastingProblem
 
 __all__ = ["projection_psd_cone"]
 
@@ -95,7 +95,7 @@ class _Eigenbasis(BroadcastingProblem):
         values, Q = torch.linalg.eigh(torch.where(finite.unsqueeze(-1), X, 0))
         return x0.clone(), torch.where(finite.unsqueeze(-1), Q, torch.nan), torch.where(finite, values, torch.nan)
 
-    def deeper(self) -> _Eigenbasis:
+    def deeper(self, size: int) -> _Eigenbasis:
         return _Eigenbasis(self.batch_ndim + 1)
 
 
@@ -139,7 +139,7 @@ class _NegativePart(BroadcastingProblem):
         status = torch.zeros(rhs.shape[:-1], dtype=torch.int64, device=rhs.device)
         return Solution(solved, status, rhs.new_zeros(rhs.shape[:-1]), status.clone())
 
-    def deeper(self) -> _NegativePart:
+    def deeper(self, size: int) -> _NegativePart:
         return _NegativePart(self.n, self.batch_ndim + 1)
 
     def _matrix(self, rows: Tensor) -> Tensor:

@@ -25,13 +25,13 @@ import torch
 from torch import Tensor
 
 from ...errors import ShapeError
+from ...implicit.broadcasting import BroadcastingProblem
 from ...implicit.closure import visible_to_modes
 from ...implicit.eager import eager
 from ...implicit.function import ImplicitFunction
 from ...implicit.methods import LinearMethod
 from ...solution import OnFailure, Solution, Status, report_failures
 from .arguments import check_parameter, check_rows
-from .broadcasting import BroadcastingProblem
 from .simplex import on_simplex, simplex_support
 
 __all__ = ["projection_birkhoff", "projection_transport"]
@@ -173,7 +173,7 @@ class _Dual(BroadcastingProblem):
         status = torch.zeros(rhs.shape[:-1], dtype=torch.int64, device=rhs.device)
         return Solution(solved, status, rhs.new_zeros(rhs.shape[:-1]), status.clone())
 
-    def deeper(self) -> _Dual:
+    def deeper(self, size: int) -> _Dual:
         return _Dual(self.batch_ndim + 1, self.on_failure, self.balanced)
 
 

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import abc
 from collections.abc import Sequence
 from typing import Any
 
-from ...implicit.function import Problem
+from .function import Problem
 
 __all__ = ["BroadcastingProblem"]
 
 
-class BroadcastingProblem(Problem):
+class BroadcastingProblem(Problem, abc.ABC):
     """A problem whose θ have shapes ``(*batch, *core)``, where a batch may lack leading dimensions or have ones in it.
 
     Attributes:
@@ -19,15 +20,15 @@ class BroadcastingProblem(Problem):
 
     core_ndims: tuple[int, ...] = ()
 
-    def deeper(self) -> BroadcastingProblem:
-        """The same problem with one more leading batch dimension."""
-        raise NotImplementedError
+    @abc.abstractmethod
+    def deeper(self, size: int) -> BroadcastingProblem:
+        """The same problem with one more leading batch dimension, of that size."""
 
     def batched(self, in_dims: tuple[int | None, ...], size: int, randomness: str) -> Problem:
         """The same problem with one more leading batch dimension; one object, so that its factorization is found again."""
         key = (in_dims, size)
         if key not in self._batched:
-            self._batched[key] = self.deeper()
+            self._batched[key] = self.deeper(size)
         return self._batched[key]
 
     def align(self, theta: list[Any], in_dims: Sequence[int | None]) -> tuple[list[Any], tuple[int | None, ...]]:
