@@ -32,7 +32,7 @@ from .native import NativeResult, certify, is_available, solve_native
 from .normal_equations import DenseQP, KKTPoint, MaybeTensor, each
 from .reduced import ReducedFactor, TinyFactor
 
-__all__ = ["CORE_NDIMS", "SINGULAR_ABOVE", "KKTProblem", "Options", "QPSolution", "Sizes", "flat_problem", "times"]
+__all__ = ["CORE_NDIMS", "SINGULAR_ABOVE", "KKTProblem", "Options", "QPSolution", "Sizes", "flat_problem", "stationarity", "times"]
 
 # Dimensions of P, q, G, h, A, b, lb, ub without the batch.
 CORE_NDIMS = (2, 1, 2, 1, 2, 1, 1, 1)
@@ -297,22 +297,28 @@ class KKTProblem(BroadcastingProblem):
         return KKTPoint(x, y, z, None, None) if z_box is None else KKTPoint(x, y, z, (-z_box).clamp(min=0), z_box.clamp(min=0))
 
 
-def _residual(sizes: Sizes, w: Tensor, *theta: Any) -> Tensor:
-    P, q, G, h, A, b, lb, ub = theta
+def stationarity(sizes: Sizes, w: Tensor, theta: Sequence[Any]) -> Tensor:
+    """The gradient of the Lagrangian, ``(*batch, n)``."""
+    P, q, G, _, A, *_ = theta
     x, y, z, z_box = sizes.split(w)
     gradient = q if P is None else (times(P, x) + times(P.mT, x)) / 2 + q
-    rows = []
+    gradient = gradient if A is None else gradient + times(A.mT, y)
+    gradient = gradient if G is None else gradient + times(G.mT, z)
+    return (gradient if z_box is None else gradient + z_box).expand_as(x)
+
+
+def _residual(sizes: Sizes, w: Tensor, *theta: Any) -> Tensor:
+    _, _, G, h, A, b, lb, ub = theta
+    x, _, z, z_box = sizes.split(w)
+    rows = [stationarity(sizes, w, theta)]
     if A is not None:
-        gradient = gradient + times(A.mT, y)
         rows.append(times(A, x) - b)
     if G is not None:
-        gradient = gradient + times(G.mT, z)
         rows.append(torch.where(z > 0, times(G, x) - h, z))
     if z_box is not None:
-        gradient = gradient + z_box
         lower, upper = _active_sides(z_box, lb, ub)
         rows.append(torch.where(upper, x - ub, torch.where(lower, x - lb, z_box)))
-    return torch.cat([gradient.expand_as(x), *rows], -1)
+    return torch.cat(rows, -1)
 
 
 def _insert(targets: Sequence[MaybeTensor], index: Tensor, sources: Sequence[MaybeTensor]) -> None:

@@ -36,7 +36,7 @@ from ..solution import Solution, Status, report_failures
 from .active_set import ActiveSetFactor
 from .central_path import CentralPath, Outcome
 from .interior_point import replaced, screen, solve_dense, without_huge_limits
-from .kkt import SINGULAR_ABOVE, KKTProblem, Options, QPSolution, Sizes, flat_problem, times
+from .kkt import SINGULAR_ABOVE, KKTProblem, Options, QPSolution, Sizes, flat_problem, stationarity, times
 from .normal_equations import DenseQP, KKTPoint, kkt_error, product
 
 __all__ = ["SmoothedProblem"]
@@ -209,18 +209,14 @@ def _forward(matrix: Tensor, vectors: Tensor) -> Tensor:
 
 
 def _residual(sizes: Sizes, mu: float, w: Tensor, *theta: Any) -> Tensor:
-    P, q, G, h, A, b, lb, ub = theta
-    x, y, z, z_box = sizes.split(w)
-    gradient = q if P is None else (times(P, x) + times(P.mT, x)) / 2 + q
-    rows = []
+    _, _, G, h, A, b, lb, ub = theta
+    x, _, z, z_box = sizes.split(w)
+    rows = [stationarity(sizes, w, theta)]
     if A is not None:
-        gradient = gradient + times(A.mT, y)
         rows.append(times(A, x) - b)
     if G is not None:
-        gradient = gradient + times(G.mT, z)
         absent = torch.isinf(h)
         rows.append(torch.where(absent, z, z * (torch.where(absent, 0.0, h) - times(G, x)) - mu))
     if z_box is not None:
-        gradient = gradient + z_box
         rows.append(z_box - mu / (ub - x) + mu / (x - lb))
-    return torch.cat([gradient.expand_as(x), *rows], -1)
+    return torch.cat(rows, -1)
