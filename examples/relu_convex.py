@@ -189,20 +189,20 @@ class Certified(NamedTuple):
 
 
 @torch.no_grad()
-def global_optimum(beta: Tensor, kinds: Kind, tol: float = 1e-7, rounds: int = 50) -> Certified:
+def global_optimum(beta: Tensor, kinds: Kind, tol: float = 1e-8, rounds: int = 50) -> Certified:
     """Begin with these kinds of units, and add others until the optimum is certainly global."""
-    history, added = [], 32
+    history, added, tiny = [], 32, 1e-6
     for _ in range(rounds):
-        layer, converged = make_layer(kinds), True
+        layer = make_layer(kinds)
         try:
-            (u,) = layer(y, beta)
+            (u,), converged, tiny = layer(y, beta), True, 1e-6
         except NotConvergedError as error:  # too many units that are nearly equal; the lower bound judges what was reached
-            (u,), converged, added = error.solution.values, False, max(1, added // 2)
+            (u,), converged, tiny, added = error.solution.values, False, max(1e-4, 2 * tiny), max(1, added // 2)
         value, residual = objective_value(u, kinds, beta).item(), y - network(u, kinds, X)
         units, gain = candidate_units(residual)
         bound = lower_bound(residual, beta, gain.abs().max()).item()
         history.append((len(kinds.signs), value, bound))
-        solved, kinds = kinds, used_kinds(u, kinds, tol=1e-6 if converged else 1e-4)
+        solved, kinds = kinds, used_kinds(u, kinds, tiny)
         if value - bound < tol * value:
             if converged and len(kinds.signs) == len(solved.signs):
                 return Certified(layer, solved, value, bound, history)
