@@ -22,6 +22,13 @@ LINES = {
     "sudoku_optnet": ["large perceptron 328768 {} {} {} {}", "learned rules 2625 {} {} {} {}", "{} before training, {} learned"],
     "decision_focused": ["squared error {} {} {} {} %", "end to end {} {} {} {} %", "oracle {} {} {} {} %"],
     "mpc_learned_cost": ["large network 1249 {} % {} % {} {} % {} % {}", "learned controller 21 {} % {} % {} {} % {} % {}"],
+    "relu_convex": [
+        "9902 patterns of at most 9902; 9902 - 19800 + 9900 = 2",
+        "d optimal value / d beta {} penalty {}",
+        "least squares {} {} {}",
+        "global optimum, grid {} {} {} {}",
+        "global optimum, gradient {} {} {} {}",
+    ],
     "jacobian_descent": ["average {} {} {} × {} × {} {} {} %", "UPGrad {} {} {} × {} × {} {} {} %"],
 }
 OPTIONS = {name: ["--seeds", "1"] for name in ("quickstart", "decision_focused", "mpc_learned_cost")}
