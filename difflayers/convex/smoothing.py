@@ -42,6 +42,7 @@ from .normal_equations import DenseQP, KKTPoint, kkt_error, product
 __all__ = ["SmoothedProblem"]
 
 _CONVERGED = 1e-11  # relative error of the conditions, and of each product of a multiplier and its slack
+_PATIENCE = 15  # iterations without progress before an element is given up
 _ROUNDING = 1e-3  # a slack is known to this share of the converged error of the terms that it is the difference of
 
 
@@ -157,10 +158,13 @@ class _SmoothedPath(CentralPath):
         rows = [problem.q.new_zeros(self.ids.shape[0], size) for size in shapes]
         reached = torch.zeros_like(self.ids, dtype=torch.bool)
         self.begin()
+        self.least, self.idle = torch.full_like(self.x[:, 0, 0], torch.inf), torch.zeros_like(self.ids)
         for iteration in range(self.max_iter + 1):
             self.mu = (self.z * self.s).mean(-1, keepdim=True) if self.z.shape[-1] else self.z.new_zeros(self.ids.shape[0], 1, 1)
             error = self.error()
-            over = (error <= _CONVERGED) | ~torch.isfinite(error) | (iteration == self.max_iter)
+            self.idle = torch.where(error < 0.5 * self.least, 0, self.idle + 1)
+            self.least = torch.minimum(self.least, error)
+            over = (error <= _CONVERGED) | ~torch.isfinite(error) | (self.idle >= _PATIENCE) | (iteration == self.max_iter)
             if bool(over.any()):
                 index, where = over.nonzero().squeeze(-1), self.ids[over]
                 z = self.z if self.mask is None else self.z * self.mask

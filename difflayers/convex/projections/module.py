@@ -70,8 +70,8 @@ class Projection(nn.Module):
     """The projection on one set as a module: ``forward(x)`` is the nearest point of the set.
 
     Args:
-        constraint: the name of a set ("simplex", "l2_ball", "box", …: a function of this module without its "projection_"), or any
-            function ``(x, **parameters) -> x``.
+        constraint: the name of a set ("simplex", "l2_ball", "box", …: a function of this package without the prefix ``projection_``),
+            or any function ``(x, **parameters) -> x``.
         parameters: what the function takes after x, by name. Those that it takes as a tuple are given one by one: ``lower`` and
             ``upper`` of a box, ``a`` and ``b`` of a hyperplane, half-space or transport polytope, ``A`` and ``b`` of an affine set, ``A``,
             ``b``, ``G`` and ``h`` of a polyhedron, ``lower``, ``upper``, ``w`` and ``c`` of a box section. Tensors become buffers,

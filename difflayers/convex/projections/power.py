@@ -35,7 +35,7 @@ _NEGLIGIBLE = 1e-100
 
 @eager
 def projection_power_cone(x: Tensor, alpha: Tensor | float = 0.5) -> Tensor:
-    """The nearest point of {(x, y, z) : x^α y^(1−α) ≥ |z|, x, y ≥ 0}.
+    """The nearest point of the cone ``{(x, y, z) : x^α y^(1−α) ≥ |z|, x, y ≥ 0}``.
 
     Exact to rounding: a bracketed Newton method for the one root, in float64. Differentiable in the point and in α. On the
     boundary of the cone the derivative is that of the inside (the identity), on the boundary of the polar cone it is zero.
