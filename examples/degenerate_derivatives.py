@@ -19,8 +19,8 @@ from tqdm.auto import tqdm
 
 from difflayers.convex import solve_qp
 
-torch.set_default_dtype(torch.float64)
 torch.set_num_threads(1)
+DOUBLE = {"dtype": torch.float64}
 STEPS = 100
 if os.environ.get("DIFFLAYERS_SHORT") == "1":
     STEPS = 10
@@ -33,11 +33,11 @@ if os.environ.get("DIFFLAYERS_SHORT") == "1":
 # weakly active. The derivative jumps from 1 to 0, and at the kink itself the layer takes the piece in which the constraint is inactive.
 # With a barrier of weight :math:`\mu` the kink becomes round, and so does the derivative.
 
-theta = torch.linspace(0.5, 1.5, 201).requires_grad_()
+theta = torch.linspace(0.5, 1.5, 201, **DOUBLE).requires_grad_()
 
 
 def nearest(theta: Tensor, smoothing: float | None = None) -> Tensor:
-    return solve_qp(torch.eye(1), -theta[:, None], ub=torch.ones(1), smoothing=smoothing).x[:, 0]
+    return solve_qp(torch.eye(1, **DOUBLE), -theta[:, None], ub=torch.ones(1, **DOUBLE), smoothing=smoothing).x[:, 0]
 
 
 figure, axes = plt.subplots(2, 3, figsize=(13, 7), layout="constrained")
@@ -63,8 +63,8 @@ axes[0, 0].legend(frameon=False, fontsize=9)
 # the multipliers, and how x follows when all the copies move together.
 
 for copies in (1, 2, 3):
-    h = torch.ones(copies, requires_grad=True)
-    found = solve_qp(torch.eye(1), torch.tensor([-3.0]), torch.ones(copies, 1), h)
+    h = torch.ones(copies, **DOUBLE, requires_grad=True)
+    found = solve_qp(torch.eye(1, **DOUBLE), torch.tensor([-3.0], **DOUBLE), torch.ones(copies, 1, **DOUBLE), h)
     (slope,) = torch.autograd.grad(found.x.sum(), h)
     place = torch.arange(copies) + 4 * (copies - 1)
     axes[0, 1].bar(place, found.z.detach(), color="tab:blue")
@@ -82,16 +82,21 @@ for axis, title in ((axes[0, 1], "multipliers of a row that comes 1, 2, 3 times"
 # it, and judge by the exact solution.
 
 SIZE = 8
-rows = torch.cat([torch.kron(torch.eye(SIZE), torch.ones(1, SIZE)), torch.kron(torch.ones(1, SIZE), torch.eye(SIZE))])
+eye, line = torch.eye(SIZE, **DOUBLE), torch.ones(1, SIZE, **DOUBLE)
+limits = {
+    "A": torch.cat([torch.kron(eye, line), torch.kron(line, eye)]),
+    "b": torch.ones(2 * SIZE, **DOUBLE),
+    "lb": torch.zeros(SIZE**2, **DOUBLE),
+}
 
 
 def assign(cost: Tensor, smoothing: float | None = None) -> Tensor:
-    return solve_qp(None, cost.flatten(), A=rows, b=torch.ones(2 * SIZE), lb=torch.zeros(SIZE**2), smoothing=smoothing).x.view(SIZE, SIZE)
+    return solve_qp(None, cost.flatten(), **limits, smoothing=smoothing).x.view(SIZE, SIZE)
 
 
 generator = torch.Generator().manual_seed(0)
-wanted = torch.eye(SIZE)[torch.randperm(SIZE, generator=generator)]
-start = torch.rand(SIZE, SIZE, generator=generator)
+wanted = eye[torch.randperm(SIZE, generator=generator)]
+start = torch.rand(SIZE, SIZE, generator=generator, **DOUBLE)
 
 
 def learn(smoothing: float | None) -> tuple[Tensor, list[float]]:

@@ -18,6 +18,7 @@ updates, IEEE Trans. Automat. Contr. 67 (2022), arXiv:2103.16236.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 from concurrent.futures import ThreadPoolExecutor
@@ -61,6 +62,7 @@ class NativeResult(NamedTuple):
     iterations: Tensor
 
 
+@functools.cache
 def is_available() -> bool:
     """Whether DAQP is installed."""
     return importlib.util.find_spec("daqp") is not None
