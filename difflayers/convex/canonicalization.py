@@ -59,8 +59,7 @@ class Recovery(NamedTuple):
 
     def __call__(self, x: Tensor, y: Tensor | None) -> Tensor:
         """The variable ``(..., *shape)``."""
-        source = y if self.dual else x
-        assert source is not None
+        source: Any = y if self.dual else x
         values = source[..., self.where.to(source.device) if self.shape else int(self.where)]
         return values if self.scale is None else values * self.scale.to(values)
 
@@ -270,7 +269,8 @@ def split_rows(reduced: Any, n: int, m: int) -> tuple[Pattern, Tensor, Tensor]:
     return Pattern(rows[inside], columns[inside], (m, n)), inside, rows[~inside]
 
 
-def _recovery(how: Any, owner: tuple[Any, int] | None) -> Recovery:
+def _recovery(how: Any, owner: Any) -> Recovery:
+    """``owner`` is the constraint of a dual variable and its place there."""
     shape = tuple(how.shape)
     if how.source == "primal":
         where = torch.arange(how.primal.start, how.primal.stop)
@@ -281,7 +281,6 @@ def _recovery(how: Any, owner: tuple[Any, int] | None) -> Recovery:
             square[rows, columns] = square[columns, rows] = where
             return Recovery(False, square, None, shape)
         return Recovery(False, _by_columns(where, shape), None, shape)
-    assert owner is not None
     constraint, k = owner
     kind = type(constraint).__name__
     first = how.dual.start - sum(int(dual.size) for dual in constraint.dual_variables[:k])

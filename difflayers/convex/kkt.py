@@ -32,7 +32,8 @@ from .native import NativeResult, certify, is_available, solve_native
 from .normal_equations import DenseQP, KKTPoint, MaybeTensor, each
 from .reduced import ReducedFactor, TinyFactor
 
-__all__ = ["CORE_NDIMS", "SINGULAR_ABOVE", "KKTProblem", "Options", "QPSolution", "Sizes", "flat_problem", "stationarity", "times"]
+__all__ = ["CORE_NDIMS", "SINGULAR_ABOVE", "KKTProblem", "Options", "QPSolution", "Sizes", "active_sides"]
+__all__ += ["flat_problem", "stationarity", "times"]
 
 # Dimensions of P, q, G, h, A, b, lb, ub without the batch.
 CORE_NDIMS = (2, 1, 2, 1, 2, 1, 1, 1)
@@ -156,7 +157,7 @@ class KKTProblem(BroadcastingProblem):
             return (point.reshape(*batch, -1), *measured)
         if self.sizes.boxed:
             # A variable at its bound is at its bound, and not a rounding error beside it.
-            x, (lower, upper) = point[:, : self.sizes.n], _active_sides(parts[3], problem.lb, problem.ub)
+            x, (lower, upper) = point[:, : self.sizes.n], active_sides(parts[3], problem.lb, problem.ub)
             x.copy_(torch.where(lower, problem.lb, torch.where(upper, problem.ub, x)))
         point = point.reshape(*batch, -1)
         report_failures(QPSolution(*self.sizes.split(point), *measured), "solve_qp", self.on_failure)
@@ -195,7 +196,7 @@ class KKTProblem(BroadcastingProblem):
         _, _, z, z_box = self.sizes.split(start)
         limits = [-problem.q, problem.b, torch.where(z > 0, problem.h, 0.0)]
         if z_box is not None:
-            lower, upper = _active_sides(z_box, problem.lb, problem.ub)
+            lower, upper = active_sides(z_box, problem.lb, problem.ub)
             limits.append(torch.where(upper, problem.ub, torch.where(lower, problem.lb, 0.0)))
         rhs = torch.cat(limits, -1)
         point = torch.cat([factor.solve(rhs[part])[0] for part, factor in self._parts])
@@ -221,25 +222,28 @@ class KKTProblem(BroadcastingProblem):
         flat = rhs.reshape(*rhs.shape[: int(columns)], -1, rhs.shape[-1])
         point = w.reshape(-1, w.shape[-1])
         if self._regular and self._parts is None:
-            self._parts = self._regular_factors(point, flat_problem(theta, self.sizes) if self._flat is None else self._flat)
+            self._parts = self._regular_factors(point, self._flattened(theta))
         if self._regular and self._parts is not None:
             pieces = [factor.solve(flat[..., part, :], transpose=transpose) for part, factor in self._parts]
             solved, residual = pieces[0] if len(pieces) == 1 else (torch.cat([piece[i] for piece in pieces], -2 + i) for i in (0, 1))
             self._regular = bool((residual <= _ACCURATE).all()) or not bool(torch.isfinite(flat).all())
         if not self._regular:
             if self._factor is None:
-                self._factor = self._active_set_factor(w, flat_problem(theta, self.sizes), None)
+                self._factor = self._active_set_factor(w, self._flattened(theta), None)
             solved, residual = self._solve_by_normal_equations(flat, transpose)
         residual = residual.reshape(rhs.shape[:-1])
         status = (residual > SINGULAR_ABOVE) * int(Status.SINGULAR)
         return Solution(solved.reshape(rhs.shape), status, residual, torch.zeros_like(status))
+
+    def _flattened(self, theta: Sequence[Any]) -> DenseQP:
+        return flat_problem(theta, self.sizes) if self._flat is None else self._flat
 
     def _regular_factors(self, point: Tensor, problem: DenseQP) -> list[tuple[slice, ReducedFactor | TinyFactor]]:
         """Factors of parts of the batch that fit into the cache."""
         _, _, z, z_box = self.sizes.split(point)
         held = [z.new_ones(z.shape[0], self.sizes.p, dtype=torch.bool), z > 0]
         if z_box is not None:
-            held.append(torch.stack(_active_sides(z_box, problem.lb, problem.ub)).any(0))
+            held.append(torch.stack(active_sides(z_box, problem.lb, problem.ub)).any(0))
         tiny = point.shape[-1] ** 2 * min(point.shape[0], 4) <= _TINY
         active, kind = torch.cat(held, -1), TinyFactor if tiny else ReducedFactor
         size = max(_CACHED // (self.sizes.n + 1) ** 2, 1)
@@ -263,7 +267,7 @@ class KKTProblem(BroadcastingProblem):
         x, y, z, z_box = self.sizes.split(x)
         u_x, u_y, u_z, u_box = self.sizes.split(u)
         u_z = torch.where(z > 0, u_z, 0)
-        lower, upper = (z > 0, z > 0) if z_box is None else _active_sides(z_box, lb, ub)
+        lower, upper = (z > 0, z > 0) if z_box is None else active_sides(z_box, lb, ub)
         closed = (
             lambda: _two_outer(u_x / 2, x, x / 2, u_x, theta[0]),
             lambda: u_x,
@@ -283,7 +287,7 @@ class KKTProblem(BroadcastingProblem):
     def _active_set_factor(self, point: Tensor, problem: DenseQP, known: ActiveSetFactor | None) -> ActiveSetFactor:
         """The factor of the Jacobian of F at ``point``: the known one if it has the active set that F reads off the multipliers."""
         _, _, z, z_box = self.sizes.split(point.reshape(-1, point.shape[-1]))
-        sides: tuple[MaybeTensor, MaybeTensor] = (None, None) if z_box is None else _active_sides(z_box, problem.lb, problem.ub)
+        sides: tuple[MaybeTensor, MaybeTensor] = (None, None) if z_box is None else active_sides(z_box, problem.lb, problem.ub)
         if (
             known is not None
             and torch.equal(known.active, z > 0)
@@ -316,7 +320,7 @@ def _residual(sizes: Sizes, w: Tensor, *theta: Any) -> Tensor:
     if G is not None:
         rows.append(torch.where(z > 0, times(G, x) - h, z))
     if z_box is not None:
-        lower, upper = _active_sides(z_box, lb, ub)
+        lower, upper = active_sides(z_box, lb, ub)
         rows.append(torch.where(upper, x - ub, torch.where(lower, x - lb, z_box)))
     return torch.cat(rows, -1)
 
@@ -327,7 +331,7 @@ def _insert(targets: Sequence[MaybeTensor], index: Tensor, sources: Sequence[May
             target[index] = source
 
 
-def _active_sides(z_box: Tensor, lb: Tensor, ub: Tensor) -> tuple[Tensor, Tensor]:
+def active_sides(z_box: Tensor, lb: Tensor, ub: Tensor) -> tuple[Tensor, Tensor]:
     """Which bounds are active; a fixed variable (lb = ub) always has one, whatever its multiplier."""
     return z_box < 0, (z_box > 0) | ((z_box == 0) & (lb == ub))
 

@@ -25,12 +25,11 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import MissingExtraError, ShapeError
-from ..implicit.closure import visible_to_modes
 from ..implicit.eager import eager
-from ..implicit.function import ImplicitFunction
-from ..solution import OnFailure, Status
-from .kkt import CORE_NDIMS, KKTProblem, Options, QPSolution, Sizes
+from ..solution import OnFailure
+from .kkt import CORE_NDIMS, KKTProblem, QPSolution, Sizes
 from .native import is_available
+from .qp_call import make_options, solve_conditions, with_both_bounds
 from .smoothing import SmoothedProblem
 from .sparse import solve_sparse
 from .sparse_matrix import SparseMatrix, is_sparse
@@ -116,33 +115,18 @@ def solve_qp(
         raise MissingExtraError("solver='daqp' needs the package daqp: pip install daqp; solver='interior_point' needs nothing")
     if solver == "daqp" and q.device.type != "cpu":
         raise ValueError(f"solver='daqp' runs on the CPU, and the problem is on {q.device}; take solver='interior_point'")
-    dtype = q.dtype
-    double = dtype == torch.float64
-    options = Options(
+    options = make_options(
+        q.dtype,
         solver=solver,
-        tol=(1e-9 if double else 1e-6) if tol is None else tol,
+        tol=tol,
         max_iter=100 if max_iter is None else max_iter,
-        on_failure=on_failure,
-        rounding=1e-9 if double else 1e-5,
         warm=warm_start is not None,
         smoothing=0.0 if smoothing is None else smoothing,
+        on_failure=on_failure,
     )
     smooth = smoothing is not None and (sizes.m > 0 or sizes.boxed)
     problem = SmoothedProblem(sizes, options) if smooth else KKTProblem(sizes, options)
-    theta: list[Tensor | None] = [None if part is None else part.to(torch.float64) for part in arguments]
-    if sizes.boxed:
-        for side, infinity in ((6, -torch.inf), (7, torch.inf)):
-            if theta[side] is None:
-                theta[side] = torch.full((sizes.n,), infinity, dtype=torch.float64, device=q.device)
-    start = sizes.start(warm_start, q)
-    start, *theta = visible_to_modes([start, *theta])
-    point, status, primal, dual, gap, iterations = ImplicitFunction.apply(problem, start.detach(), *theta)
-    if on_failure != "raise":
-        lost = status != Status.SOLVED if on_failure == "nan" else status == Status.NUMERICAL_ERROR
-        point = torch.where(lost.unsqueeze(-1), torch.nan, point)
-    # The Function keeps its output for the derivatives; the caller's copy may be modified in place.
-    x, y, z, z_box = sizes.split(point.to(dtype, copy=True))
-    return QPSolution(x, y, z, z_box, status, primal.to(dtype), dual.to(dtype), gap.to(dtype), iterations)
+    return solve_conditions(problem, sizes, with_both_bounds(arguments, sizes, q), warm_start, q)
 
 
 class QPLayer(nn.Module):

@@ -22,20 +22,16 @@ import torch
 from torch import Tensor
 
 from ..implicit.broadcasting import BroadcastingProblem
-from ..implicit.closure import visible_to_modes
-from ..implicit.function import ImplicitFunction
 from ..implicit.methods import LinearMethod
 from ..solution import OnFailure, Solution, Status, report_failures
-from .kkt import Options, QPSolution, Sizes, _active_sides
+from .kkt import SINGULAR_ABOVE, Options, QPSolution, Sizes, active_sides
 from .normal_equations import ABSENT
+from .qp_call import make_options, solve_conditions, with_both_bounds
 from .sparse_engine import SparseResult, solve_one
 from .sparse_kkt import Array, SparseError, SparseFactor, SparseKKT, SparsePoint, SparseQP, is_convex
 from .sparse_matrix import SparseMatrix, sparse_matrix
 
 __all__ = ["SparseKKTProblem", "solve_sparse"]
-
-# A linearized system that the active-set factor leaves with a larger relative residual has no solution there.
-_SINGULAR_ABOVE = 1e-7
 
 Pattern = Any  # (2, nnz) indices of a matrix, or None
 
@@ -63,31 +59,19 @@ def solve_sparse(
     matrices = {place: sparse_matrix(given[place], name) for place, name in ((0, "P"), (2, "G"), (4, "A")) if given[place] is not None}
     sizes = validate([_stand_in(matrices[place]) if place in matrices else part for place, part in enumerate(given)])
     q: Tensor = given[1]
-    double = q.dtype == torch.float64
-    options = Options(
+    options = make_options(
+        q.dtype,
         solver="auto",
-        tol=(1e-9 if double else 1e-6) if tol is None else tol,
+        tol=tol,
         max_iter=200 if max_iter is None else max_iter,
-        on_failure=on_failure,
-        rounding=1e-9 if double else 1e-5,
         warm=warm_start is not None,
+        smoothing=0.0,
+        on_failure=on_failure,
     )
     P, G, A = (matrices[place].indices if place in matrices else None for place in (0, 2, 4))
-    theta: list[Any] = [matrices[place].values if place in matrices else part for place, part in enumerate(given)]
-    theta = [None if part is None else part.to(torch.float64) for part in theta]
-    if sizes.boxed:
-        for side, infinity in ((6, -torch.inf), (7, torch.inf)):
-            if theta[side] is None:
-                theta[side] = torch.full((sizes.n,), infinity, dtype=torch.float64, device=q.device)
-    start, *theta = visible_to_modes([sizes.start(warm_start, q), *theta])
+    theta = [matrices[place].values if place in matrices else part for place, part in enumerate(given)]
     problem = SparseKKTProblem(sizes, options, (P, G, A))
-    point, status, primal, dual, gap, iterations = ImplicitFunction.apply(problem, start.detach(), *theta)
-    if on_failure != "raise":
-        lost = status != Status.SOLVED if on_failure == "nan" else status == Status.NUMERICAL_ERROR
-        point = torch.where(lost.unsqueeze(-1), torch.nan, point)
-    # The Function keeps its output for the derivatives; the caller's copy may be modified in place.
-    x, y, z, z_box = sizes.split(point.to(q.dtype, copy=True))
-    return QPSolution(x, y, z, z_box, status, primal.to(q.dtype), dual.to(q.dtype), gap.to(q.dtype), iterations)
+    return solve_conditions(problem, sizes, with_both_bounds(theta, sizes, q), warm_start, q)
 
 
 def _stand_in(matrix: SparseMatrix) -> Tensor:
@@ -146,7 +130,7 @@ class SparseKKTProblem(BroadcastingProblem):
         solved = _in_threads(lambda i: self._factor.solve(i, right[i], transpose), len(right))
         x = torch.from_numpy(np.stack([part for part, _ in solved])).permute(2, 0, 1).reshape(rhs.shape).to(rhs.device)
         residual = torch.from_numpy(np.stack([part for _, part in solved])).mT.reshape(rhs.shape[:-1]).to(rhs.device)
-        status = torch.where(residual <= _SINGULAR_ABOVE, int(Status.SOLVED), int(Status.SINGULAR))
+        status = torch.where(residual <= SINGULAR_ABOVE, int(Status.SOLVED), int(Status.SINGULAR))
         return Solution(x, status, residual, torch.zeros_like(status))
 
     def pullback(self, x: Tensor, theta: Sequence[Any], which: Sequence[int], u: Tensor) -> list[Tensor]:
@@ -155,7 +139,7 @@ class SparseKKTProblem(BroadcastingProblem):
         x, y, z, z_box = self.sizes.split(x)
         u_x, u_y, u_z, u_box = self.sizes.split(u)
         u_z = torch.where(z > 0, u_z, 0)
-        lower, upper = (z > 0, z > 0) if z_box is None else _active_sides(z_box, lb, ub)
+        lower, upper = (z > 0, z > 0) if z_box is None else active_sides(z_box, lb, ub)
         P, G, A = self.patterns
         closed = (
             lambda: (_entries(P, u_x, x) + _entries(P, x, u_x)) / 2,
@@ -310,7 +294,7 @@ def _residual(sizes: Sizes, patterns: tuple[Pattern, Pattern, Pattern], w: Tenso
         rows.append(torch.where(z > 0, _sum_entries(G, x, i, j, sizes.m) - h, z))
     if z_box is not None:
         gradient = gradient + z_box
-        lower, upper = _active_sides(z_box, lb, ub)
+        lower, upper = active_sides(z_box, lb, ub)
         rows.append(torch.where(upper, x - ub, torch.where(lower, x - lb, z_box)))
     return torch.cat([gradient.expand_as(x), *rows], -1)
 
