@@ -34,6 +34,9 @@ _SWEEPS, _STEPS = 10_000, 200
 # The rounding of the exponents, in units of the last place of the largest one, that no potentials can undercut.
 _NOISE = 8.0
 
+# The shift of the diagonal for a column alone, relative to its mass.
+_TINY = 1e-20
+
 # A linearized system with a larger relative residual has no solution.
 _SINGULAR_ABOVE = 1e-6
 
@@ -184,13 +187,14 @@ class _Factor:
         self.rows, self.columns = self.P.sum(-1, keepdim=True), self.P.sum(-2).unsqueeze(-1)
         self.held = (a > 0).unsqueeze(-1), (b > 0).unsqueeze(-1)
         self.inverse = torch.where(self.rows > 0, 1 / self.rows, 0)
-        self.laplacian = Laplacian(self.P * self.inverse.sqrt())
+        self.laplacian = Laplacian(self.P * self.inverse.sqrt(), torch.where(self.columns > 0, _TINY * self.columns, 1).squeeze(-1))
 
     def solve(self, rhs: Tensor) -> tuple[Tensor, Tensor]:
         """The solution of columns ``(N, n + m, k)`` and its relative residual ``(N, k)``."""
         sides = rhs.split([self.rows.shape[-2], self.columns.shape[-2]][:: -1 if self.flipped else 1], -2)
         left, right = sides[::-1] if self.flipped else sides
         long, short = torch.where(self.held[0], self.epsilon * left, 0), torch.where(self.held[1], self.epsilon * right, 0)
+        scale = long.abs().sum(-2) + short.abs().sum(-2)
         short = short - self.P.mT @ (self.inverse * long)
         # The equations are consistent if their sums agree. What a tangent of the marginals changes in the mass of one side only, and
         # rounding, is taken off in proportion to the marginal.
@@ -199,7 +203,7 @@ class _Factor:
         u, residual = self.laplacian.refined(short)
         v = self.inverse * (long - self.P @ u)
         v, u = torch.where(self.held[0], v, left), torch.where(self.held[1], u, right)
-        return torch.cat((u, v) if self.flipped else (v, u), -2), residual
+        return torch.cat((u, v) if self.flipped else (v, u), -2), residual / torch.where(scale > 0, scale, 1)
 
 
 class DualValue(BroadcastingProblem):

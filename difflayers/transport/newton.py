@@ -24,6 +24,7 @@ from .sweeps import FLOOR, Scaled, Swept
 __all__ = ["newton"]
 
 _HALVINGS = 40
+_CAUTION = 0.1
 
 
 class _State(NamedTuple):
@@ -62,7 +63,10 @@ def newton(problem: Scaled, gamma: Tensor, tol: Tensor, *, max_iter: int) -> Swe
         if iteration == max_iter or not going.numel():
             break
         index, problem, now = index[going], problem.take(going), now.take(going)
-        step = Laplacian(now.Q).solve(now.error.unsqueeze(-1)).squeeze(-1)
+        # The shift keeps the step within some units where the Hessian is nearly singular, and vanishes with the error.
+        relative = _CAUTION * now.error.abs().sum(-1, keepdim=True) / problem.b.sum(-1, keepdim=True)
+        shift = torch.where(problem.b > 0, relative * problem.b, 1)
+        step = Laplacian(now.Q, shift).solve(now.error.unsqueeze(-1)).squeeze(-1)
         now, gained = _line_search(problem, now, step)
         if not bool(gained.all()):
             kept = gained.nonzero().squeeze(-1)
