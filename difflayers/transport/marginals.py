@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,14 +22,10 @@ from ..implicit.broadcasting import BroadcastingProblem
 from ..implicit.methods import LinearMethod
 from ..solution import OnFailure, Solution, Status, report_failures
 from .laplacian import Laplacian
-from .newton import newton
-from .sweeps import FLOOR, Scaled, Swept, anneal, sweep
+from .potentials import Method, find_potentials
+from .sweeps import FLOOR, Scaled
 
 __all__ = ["DualValue", "Marginals", "Options", "plan_of"]
-
-# Where so many more sweeps are to come, Newton's method is the faster one (python -m benchmarks.transport).
-_PATIENCE = 150.0
-_SWEEPS, _STEPS = 10_000, 200
 
 # The rounding of the exponents, in units of the last place of the largest one, that no potentials can undercut.
 _NOISE = 8.0
@@ -44,7 +40,7 @@ _SINGULAR_ABOVE = 1e-6
 class Options(NamedTuple):
     """How the potentials are found; ``balanced`` is the relative difference of the masses that counts as rounding."""
 
-    method: Literal["auto", "sinkhorn", "newton"]
+    method: Method
     tol: float
     max_iter: int | None
     on_failure: OnFailure
@@ -89,7 +85,9 @@ class Marginals(BroadcastingProblem):
         if index.numel():
             part = Scaled(C[index] / epsilon[index, None, None], a[index], b[index])
             flipped = m > n
-            found = self._search(Scaled(part.X.mT.contiguous(), part.b, part.a) if flipped else part, tol[index])
+            part = Scaled(part.X.mT.contiguous(), part.b, part.a) if flipped else part
+            # What is asked of the last iterate leaves a margin for what the plan loses when it is computed again.
+            found = find_potentials(part, tol[index] / 2, method=self.options.method, max_iter=self.options.max_iter)
             sides = (found.gamma, found.phi) if flipped else (found.phi, found.gamma)
             x[index] = torch.cat(sides, -1) * epsilon[index, None]
             iterations[index] = found.iterations
@@ -106,23 +104,6 @@ class Marginals(BroadcastingProblem):
         solution = Solution(*(part.reshape((*batch, *part.shape[1:])) for part in solution))
         report_failures(solution, _what(status, theta, batch), self.on_failure)
         return tuple(solution)
-
-    def _search(self, problem: Scaled, tol: Tensor) -> Swept:
-        """Sweeps, Newton's method, or sweeps as long as they are the faster way."""
-        method, max_iter = self.options.method, self.options.max_iter
-        # What is asked of the last iterate leaves a margin for what the plan loses when it is computed again.
-        tol = tol / 2
-        gamma, before = anneal(problem)
-        patience = _PATIENCE if method == "auto" else math.inf
-        found = sweep(problem, gamma, tol, max_iter=max_iter or _SWEEPS, patience=patience if method != "newton" else -1.0)
-        found = found._replace(iterations=found.iterations + before)
-        left = (found.error > tol).nonzero().squeeze(-1)
-        if method != "sinkhorn" and left.numel():
-            better = newton(problem.take(left), found.gamma[left], tol[left], max_iter=max_iter or _STEPS)
-            better = better._replace(iterations=better.iterations + found.iterations[left])
-            for target, source in zip(found, better, strict=True):
-                target[left] = source
-        return found
 
     def operator(self, point: Sequence[Any], transpose: bool) -> Any:
         """The Jacobian of F, equal to its transpose at every point."""

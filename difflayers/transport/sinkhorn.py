@@ -24,6 +24,7 @@ from ..implicit.eager import eager
 from ..implicit.function import ImplicitFunction
 from ..solution import OnFailure, Status
 from .marginals import DualValue, Marginals, Options, plan_of
+from .potentials import Method
 from .unrolled import unrolled_potentials
 
 __all__ = ["SinkhornLayer", "TransportSolution", "sinkhorn"]
@@ -65,7 +66,7 @@ def sinkhorn(
     b: Tensor | None = None,
     *,
     epsilon: float | Tensor = 0.1,
-    method: Literal["auto", "sinkhorn", "newton"] = "auto",
+    method: Method = "auto",
     backward: Literal["implicit", "unroll"] = "implicit",
     tol: float | None = None,
     max_iter: int | None = None,
@@ -169,7 +170,7 @@ class SinkhornLayer(nn.Module):
         self,
         epsilon: float | Tensor = 0.1,
         *,
-        method: Literal["auto", "sinkhorn", "newton"] = "auto",
+        method: Method = "auto",
         backward: Literal["implicit", "unroll"] = "implicit",
         tol: float | None = None,
         max_iter: int | None = None,
@@ -181,7 +182,7 @@ class SinkhornLayer(nn.Module):
             self.epsilon = epsilon
         else:
             self.register_buffer("epsilon", epsilon)
-        self.method: Literal["auto", "sinkhorn", "newton"] = method
+        self.method: Method = method
         self.backward_mode: Literal["implicit", "unroll"] = backward
         self.tol, self.max_iter = tol, max_iter
         self.on_failure: OnFailure = on_failure

@@ -6,8 +6,7 @@ With potentials in units of ε (φ = f/ε, γ = g/ε, X = C/ε) one sweep meets 
 
 After one sweep in the log domain the kernel :math:`K = e^{φ ⊕ γ - X}` has entries of the size of the marginals, and further sweeps are
 products with it, :math:`u = a / (K v)`, :math:`v = b / (K^T u)`: the same iteration without the exponentials. Scalings that have grown
-large are absorbed into the potentials, and K is made anew. Where ε is small beside the range of the cost, larger ε come first, each from
-the potentials of the one before.
+large are absorbed into the potentials, and K is made anew.
 
 References: Cuturi, Sinkhorn distances, NeurIPS 2013, arXiv:1306.0895; Schmitzer, Stabilized sparse scaling algorithms for entropy
 regularized transport problems, SIAM Journal on Scientific Computing 41 (2019), arXiv:1610.06519.
@@ -15,22 +14,18 @@ regularized transport problems, SIAM Journal on Scientific Computing 41 (2019), 
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-__all__ = ["FLOOR", "Scaled", "Swept", "anneal", "log_sums", "sweep"]
+__all__ = ["FLOOR", "STRIDE", "Scaled", "Swept", "log_sums", "sweep"]
 
 # exp is many times slower where it underflows, and so are products of numbers next to zero: exponents are cut off here.
 FLOOR = -300.0
 
-# Sweeps at each larger ε, and between two looks at the marginals.
-_STRIDE = 10
-
-# The first ε as a fraction of the cost's range, and what the next one is of that.
-_FIRST, _FACTOR = 0.1, 0.25
+# Sweeps between two looks at the marginals.
+STRIDE = 10
 
 # Scalings beyond e^±_GROWN are absorbed.
 _GROWN = 50.0
@@ -71,21 +66,6 @@ def log_sums(X: Tensor, potential: Tensor, dim: int) -> Tensor:
     return Z.sub_(top).clamp_(min=FLOOR).exp_().sum(dim).log_().add_(top.squeeze(dim))
 
 
-def anneal(problem: Scaled) -> tuple[Tensor, Tensor]:
-    """γ to start from, found at larger ε where ε is small beside the range of the cost, and the sweeps that took."""
-    spread = problem.X.amax((-1, -2)) - problem.X.amin((-1, -2))
-    levels = (torch.log(spread * _FIRST) / -math.log(_FACTOR)).ceil().clamp(min=0).to(torch.int64)
-    gamma = torch.zeros_like(problem.b)
-    for left in range(int(levels.max()), 0, -1):
-        index = (levels >= left).nonzero().squeeze(-1)
-        part = problem.take(index)
-        larger = (spread[index] * _FIRST * _FACTOR ** (levels[index] - left))[:, None]
-        kernel = _Kernel(Scaled(part.X / larger[:, None], part.a, part.b), gamma[index] / larger)
-        kernel.sweep(_STRIDE)
-        gamma[index] = kernel.potentials()[1] * larger
-    return gamma, levels * _STRIDE
-
-
 def sweep(problem: Scaled, gamma: Tensor, tol: Tensor, *, max_iter: int, patience: float) -> Swept:
     """Sweep until the marginals are met.
 
@@ -103,12 +83,12 @@ def sweep(problem: Scaled, gamma: Tensor, tol: Tensor, *, max_iter: int, patienc
     before = found.error
     done = 0
     while index.numel():
-        stride = min(_STRIDE, max_iter - done)
+        stride = min(STRIDE, max_iter - done)
         kernel.sweep(stride)
         done += stride
         error = kernel.row_error()
         target = tol[index]
-        to_come = torch.log(error / target) / torch.log(before / error).clamp(min=1e-300) * _STRIDE
+        to_come = torch.log(error / target) / torch.log(before / error).clamp(min=1e-300) * STRIDE
         # The first look has nothing to compare with.
         stop = ~(error > target) | ((to_come > patience) & torch.isfinite(before)) | (done >= max_iter)
         if bool(stop.any()):
