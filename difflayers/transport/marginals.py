@@ -30,8 +30,8 @@ __all__ = ["DualValue", "Marginals", "Options", "plan_of"]
 # The rounding of the exponents, in units of the last place of the largest one, that no potentials can undercut.
 _NOISE = 8.0
 
-# The shift of the diagonal for a column alone, relative to its mass.
-_TINY = 1e-20
+# Groups that exchange less than this part of their mass count as separate: what they would pass on to each other is rounding.
+_SEPARATE = 1e-14
 
 # A linearized system with a larger relative residual has no solution.
 _SINGULAR_ABOVE = 1e-6
@@ -168,7 +168,8 @@ class _Factor:
         self.rows, self.columns = self.P.sum(-1, keepdim=True), self.P.sum(-2).unsqueeze(-1)
         self.held = (a > 0).unsqueeze(-1), (b > 0).unsqueeze(-1)
         self.inverse = torch.where(self.rows > 0, 1 / self.rows, 0)
-        self.laplacian = Laplacian(self.P * self.inverse.sqrt(), torch.where(self.columns > 0, _TINY * self.columns, 1).squeeze(-1))
+        shift = torch.where(self.columns > 0, _SEPARATE * self.columns, 1).squeeze(-1)
+        self.laplacian = Laplacian(self.P * self.inverse.sqrt(), shift)
 
     def solve(self, rhs: Tensor) -> tuple[Tensor, Tensor]:
         """The solution of columns ``(N, n + m, k)`` and its relative residual ``(N, k)``."""

@@ -97,7 +97,7 @@ def _line_search(problem: Scaled, now: _State, step: Tensor) -> tuple[_State, Te
 
 def _accepted(new: _State, value: Tensor, slope: Tensor, size: Tensor) -> Tensor:
     # Near the maximum the gain of F drowns in its rounding, and the error decides.
-    return (new.value >= value + 1e-4 * slope) | (new.error.abs().sum(-1) <= 0.9 * size)
+    return (new.value > value + 1e-4 * slope) | (new.error.abs().sum(-1) <= 0.9 * size)
 
 
 def _state(problem: Scaled, gamma: Tensor) -> _State:

@@ -98,7 +98,7 @@ def sweep(problem: Scaled, gamma: Tensor, tol: Tensor, *, max_iter: int, patienc
             keep = (~stop).nonzero().squeeze(-1)
             if keep.numel() < index.numel():
                 index, left, error = index[keep], left.take(keep), error[keep]
-                kernel = kernel.take(keep, left)
+                kernel = kernel.take(keep)
         elif kernel.has_grown():
             kernel = _Kernel(left, kernel.potentials()[1])
         before = error
@@ -106,38 +106,42 @@ def sweep(problem: Scaled, gamma: Tensor, tol: Tensor, *, max_iter: int, patienc
 
 
 class _Kernel:
-    """K = exp(φ ⊕ γ − X) after a sweep in the log domain, and the scalings u, v of its rows and columns."""
+    """K = exp(φ ⊕ γ − X) after a sweep in the log domain, and the scalings u, v of its rows and columns, as columns ``(N, ., 1)``."""
 
     def __init__(self, problem: Scaled, gamma: Tensor) -> None:
-        X, self.a, self.b = problem
-        gamma = torch.where(self.b > 0, gamma, -torch.inf)
-        self.phi = self.a.log() - log_sums(X, gamma, -1)
-        self.gamma = self.b.log() - log_sums(X, self.phi, -2)
+        X, a, b = problem
+        gamma = torch.where(b > 0, gamma, -torch.inf)
+        self.phi = a.log() - log_sums(X, gamma, -1)
+        self.gamma = b.log() - log_sums(X, self.phi, -2)
         self.K = self.phi.unsqueeze(-1).sub(X).add_(self.gamma.unsqueeze(-2)).clamp_(min=FLOOR).exp_()
+        self.a, self.b = a.unsqueeze(-1), b.unsqueeze(-1)
         self.u, self.v = torch.ones_like(self.a), torch.ones_like(self.b)
         self._sums: Tensor | None = None
 
-    def take(self, index: Tensor, problem: Scaled) -> _Kernel:
-        """The kernels of ``index``, whose problems are given."""
+    def take(self, index: Tensor) -> _Kernel:
+        """The kernels of ``index``."""
         part = object.__new__(_Kernel)
-        part.a, part.b, part._sums = problem.a, problem.b, None
-        part.phi, part.gamma, part.K, part.u, part.v = (x[index] for x in (self.phi, self.gamma, self.K, self.u, self.v))
+        for name, value in vars(self).items():
+            setattr(part, name, None if value is None else value[index])
         return part
 
     def sweep(self, count: int) -> None:
         """``count`` sweeps; the columns are met afterwards."""
+        a, b, K = self.a, self.b, self.K
+        transposed, u, v, sums = K.mT, self.u, self.v, self._row_sums()
         for _ in range(count):
-            self.u = self.a / self._row_sums()
-            self.v = self.b / (self.u.unsqueeze(-2) @ self.K).squeeze(-2)
-            self._sums = None
+            u = a / sums
+            v = b / (transposed @ u)
+            sums = K @ v
+        self.u, self.v, self._sums = u, v, sums
 
     def row_error(self) -> Tensor:
         """The 1-norm of what the row sums lack."""
-        return (self.u * self._row_sums() - self.a).abs().sum(-1)
+        return (self.u * self._row_sums() - self.a).abs().sum((-1, -2))
 
     def potentials(self) -> tuple[Tensor, Tensor]:
         """φ and γ with the scalings absorbed; −inf where a marginal is zero."""
-        return self.phi + self.u.log(), self.gamma + self.v.log()
+        return self.phi + self.u.squeeze(-1).log(), self.gamma + self.v.squeeze(-1).log()
 
     def has_grown(self) -> bool:
         """Whether K has lost what the scalings have gained."""
@@ -145,5 +149,5 @@ class _Kernel:
 
     def _row_sums(self) -> Tensor:
         if self._sums is None:
-            self._sums = (self.K @ self.v.unsqueeze(-1)).squeeze(-1)
+            self._sums = self.K @ self.v
         return self._sums
