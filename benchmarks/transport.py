@@ -76,7 +76,7 @@ def _pot(cost: Tensor, weights: Tensor, epsilon: float, how: str) -> Gradient:
     import ot
 
     n = cost.shape[-1]
-    a, tol = torch.full((n,), 1 / n), _POT_TOL if n * n / epsilon < 1e8 else _POT_LOOSE
+    a, tol = torch.full((n,), 1 / n), _POT_TOL if n * n / epsilon < 2e8 else _POT_LOOSE
 
     def plan(leaf: Tensor) -> Tensor:
         if how == "last step":

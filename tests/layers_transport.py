@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-
 import torch
 from torch import Tensor
 
@@ -95,15 +93,10 @@ def _potentials() -> Layer:
 
 def _module() -> Layer:
     def module() -> SinkhornLayer:
-        return SinkhornLayer(torch.nn.Parameter(torch.tensor(0.2, dtype=torch.float64)), tol=1e-13)
-
-    layer = module()
+        return SinkhornLayer(0.2, tol=1e-13)
 
     # Squares, because a sum of row and column weights of the plan itself is constant.
-    def call(cost: Tensor) -> Tensor:
-        return (layer(cost) if cost.dtype == torch.float64 else copy.deepcopy(layer).to(cost.dtype)(cost)).square()
-
-    return Layer("SinkhornLayer", call, lambda g: (randn(g, 3, 2, scale=0.3),), module=module)
+    return Layer("SinkhornLayer", lambda cost: module()(cost).square(), lambda g: (randn(g, 3, 2, scale=0.3),), module=module)
 
 
 TRANSPORT: tuple[Layer, ...] = (_plan("auto"), _plan("newton"), _potentials(), _module())

@@ -21,11 +21,15 @@ from torch import Tensor
 from ..implicit.broadcasting import BroadcastingProblem
 from ..implicit.methods import LinearMethod
 from ..solution import OnFailure, Solution, Status, report_failures
+from ..solvers.linear import cg
 from .laplacian import Laplacian
 from .potentials import Method, find_potentials
 from .sweeps import FLOOR, Scaled
 
 __all__ = ["DualValue", "Marginals", "Options", "plan_of"]
+
+# Plan entries up to here are zero; e^FLOOR is less.
+_LEAST = 1e-130
 
 # The rounding of the exponents, in units of the last place of the largest one, that no potentials can undercut.
 _NOISE = 8.0
@@ -33,8 +37,12 @@ _NOISE = 8.0
 # Groups that exchange less than this part of their mass count as separate: what they would pass on to each other is rounding.
 _SEPARATE = 1e-14
 
-# A linearized system with a larger relative residual has no solution.
-_SINGULAR_ABOVE = 1e-6
+# A linearized system with a larger residual, relative to its right-hand side, has no solution. Potentials that are less exact
+# leave larger ones.
+_SINGULAR_ABOVE, _SINGULAR_ABOVE_TOL = 1e-6, 100.0
+
+# From so many equations on, and for so few right-hand sides, conjugate gradients are tried before the factorization.
+_ITERATED_FROM, _ITERATED_COLUMNS, _ITERATIONS = 800, 2, 60
 
 
 class Options(NamedTuple):
@@ -48,12 +56,24 @@ class Options(NamedTuple):
 
 
 def plan_of(potentials: Tensor, cost: Tensor, a: Tensor, b: Tensor, epsilon: Tensor) -> Tensor:
-    """The plan ``(*batch, n, m)`` of potentials ``(*batch, n + m)``; zero where a marginal is, or below e^FLOOR."""
-    f, g = potentials.split([cost.shape[-2], cost.shape[-1]], -1)
-    scale = epsilon.unsqueeze(-1)
-    phi, gamma = torch.where(a > 0, f / scale, -torch.inf), torch.where(b > 0, g / scale, -torch.inf)
-    exponent = phi.unsqueeze(-1) + gamma.unsqueeze(-2) - cost / scale.unsqueeze(-1)
-    return torch.where(exponent > FLOOR, exponent.clamp(min=FLOOR).exp(), 0)
+    """The plan ``(*batch, n, m)`` of potentials ``(*batch, n + m)``; zero where a marginal is, and below e^FLOOR."""
+    phi, gamma = _scaled(potentials, a, b, epsilon)
+    exponent = phi.unsqueeze(-1) + gamma.unsqueeze(-2) - cost / epsilon[..., None, None]
+    # Thresholds, whose derivatives cost less than those of clamp and where.
+    return torch.threshold(torch.threshold(exponent, FLOOR, FLOOR).exp(), _LEAST, 0.0)
+
+
+def _plan_on_the_spot(potentials: Tensor, cost: Tensor, a: Tensor, b: Tensor, epsilon: Tensor) -> Tensor:
+    """The same on plain tensors, without copies."""
+    phi, gamma = _scaled(potentials, a, b, epsilon)
+    exponent = (cost / -epsilon[..., None, None]).add_(phi.unsqueeze(-1)).add_(gamma.unsqueeze(-2))
+    return torch.threshold_(exponent.clamp_(min=FLOOR).exp_(), _LEAST, 0.0)
+
+
+def _scaled(potentials: Tensor, a: Tensor, b: Tensor, epsilon: Tensor) -> tuple[Tensor, Tensor]:
+    """f/ε and g/ε, −inf where a marginal is zero."""
+    f, g = (potentials / epsilon.unsqueeze(-1)).split([a.shape[-1], b.shape[-1]], -1)
+    return torch.where(a > 0, f, -torch.inf), torch.where(b > 0, g, -torch.inf)
 
 
 class Marginals(BroadcastingProblem):
@@ -81,10 +101,11 @@ class Marginals(BroadcastingProblem):
         index = (usable & feasible & (mass > 0)).nonzero().squeeze(-1)
         x = x0.new_zeros(C.shape[0], n + m)
         iterations = torch.zeros(C.shape[0], dtype=torch.int64, device=x0.device)
-        tol = torch.maximum(_NOISE * torch.finfo(C.dtype).eps * C.abs().amax((-1, -2)) / epsilon, mass.new_tensor(self.options.tol)) * mass
+        largest = torch.maximum(C.amax((-1, -2)), -C.amin((-1, -2)))
+        tol = (_NOISE * torch.finfo(C.dtype).eps * largest / epsilon).clamp(min=self.options.tol) * mass
         if index.numel():
-            part = Scaled(C[index] / epsilon[index, None, None], a[index], b[index])
             flipped = m > n
+            part = Scaled(C / epsilon[:, None, None], a, b).take(index)
             part = Scaled(part.X.mT.contiguous(), part.b, part.a) if flipped else part
             # What is asked of the last iterate leaves a margin for what the plan loses when it is computed again.
             found = find_potentials(part, tol[index] / 2, method=self.options.method, max_iter=self.options.max_iter)
@@ -94,7 +115,7 @@ class Marginals(BroadcastingProblem):
         finite = torch.isfinite(x)
         positive = torch.cat([a, b], -1) > 0
         x = torch.where(finite & positive, x, 0)
-        plan = plan_of(x, C, a, b, epsilon)
+        plan = _plan_on_the_spot(x, C, a, b, epsilon)
         error = torch.maximum((plan.sum(-1) - a).abs().sum(-1), (plan.sum(-2) - b).abs().sum(-1))
         status = torch.where((error <= tol) & (finite | ~positive).all(-1), int(Status.SOLVED), int(Status.MAX_ITER))
         status = torch.where(feasible, status, int(Status.PRIMAL_INFEASIBLE))
@@ -131,7 +152,8 @@ class Marginals(BroadcastingProblem):
         flat = rhs.reshape(rhs.shape[0] if columns else 1, -1, n + m).permute(1, 2, 0)
         u, residual = self._factor.solve(flat)
         residual = residual.mT.reshape(rhs.shape[:-1])
-        status = (residual > _SINGULAR_ABOVE) * int(Status.SINGULAR)
+        limit = max(_SINGULAR_ABOVE, _SINGULAR_ABOVE_TOL * self.options.tol)
+        status = (residual > limit) * int(Status.SINGULAR)
         return Solution(u.permute(2, 0, 1).reshape(rhs.shape), status, residual, torch.zeros_like(status))
 
     def pullback(self, x: Tensor, theta: Sequence[Any], which: Sequence[int], u: Tensor) -> Sequence[Tensor]:
@@ -139,16 +161,16 @@ class Marginals(BroadcastingProblem):
         C, a, b, epsilon, _ = theta
         sizes = list(C.shape[-2:])
         left, right = u.split(sizes, -1)
-        scale = epsilon[..., None, None]
         f, g = x.split(sizes, -1)
         weighted = C
         if 0 in which or 3 in which:
-            weighted = plan_of(x, C, a, b, epsilon) * (left.unsqueeze(-1) + right.unsqueeze(-2)) / scale
+            rows, columns = (-u / epsilon.unsqueeze(-1)).split(sizes, -1)
+            weighted = plan_of(x, C, a, b, epsilon) * (rows.unsqueeze(-1) + columns.unsqueeze(-2))
         closed = (
-            lambda: -weighted,
+            lambda: weighted,
             lambda: torch.where(a > 0, -left, 0),
             lambda: torch.where(b > 0, -right, 0),
-            lambda: -(weighted * (f.unsqueeze(-1) + g.unsqueeze(-2) - C)).sum((-1, -2)) / epsilon,
+            lambda: (weighted * (f.unsqueeze(-1) + g.unsqueeze(-2) - C)).sum((-1, -2)) / epsilon,
         )
         return [closed[i]().sum_to_size(theta[i].shape) for i in which]
 
@@ -161,15 +183,14 @@ class _Factor:
     """The Jacobian of F at flat points, factorized."""
 
     def __init__(self, x: Tensor, C: Tensor, a: Tensor, b: Tensor, epsilon: Tensor) -> None:
-        self.P, self.epsilon = plan_of(x, C, a, b, epsilon), epsilon[:, None, None]
+        self.P, self.epsilon = _plan_on_the_spot(x, C, a, b, epsilon), epsilon[:, None, None]
         self.flipped = C.shape[-1] > C.shape[-2]
         if self.flipped:
             self.P, a, b = self.P.mT, b, a
         self.rows, self.columns = self.P.sum(-1, keepdim=True), self.P.sum(-2).unsqueeze(-1)
         self.held = (a > 0).unsqueeze(-1), (b > 0).unsqueeze(-1)
         self.inverse = torch.where(self.rows > 0, 1 / self.rows, 0)
-        shift = torch.where(self.columns > 0, _SEPARATE * self.columns, 1).squeeze(-1)
-        self.laplacian = Laplacian(self.P * self.inverse.sqrt(), shift)
+        self.laplacian: Laplacian | None = None
 
     def solve(self, rhs: Tensor) -> tuple[Tensor, Tensor]:
         """The solution of columns ``(N, n + m, k)`` and its relative residual ``(N, k)``."""
@@ -182,10 +203,37 @@ class _Factor:
         # rounding, is taken off in proportion to the marginal.
         mass = self.columns.sum(-2, keepdim=True)
         short = short - self.columns / torch.where(mass > 0, mass, 1) * short.sum(-2, keepdim=True)
-        u, residual = self.laplacian.refined(short)
+        u, residual = self._solve_short(short)
         v = self.inverse * (long - self.P @ u)
+        # The constant that the two sides could exchange is chosen as it is for the potentials.
+        shift = ((self.rows * v).sum(-2, keepdim=True) - (self.columns * u).sum(-2, keepdim=True)) / torch.where(mass > 0, 2 * mass, 1)
+        v, u = v - shift, u + shift
         v, u = torch.where(self.held[0], v, left), torch.where(self.held[1], u, right)
         return torch.cat((u, v) if self.flipped else (v, u), -2), residual / torch.where(scale > 0, scale, 1)
+
+    def _solve_short(self, rhs: Tensor) -> tuple[Tensor, Tensor]:
+        """The solution of the Laplacian's system, columns ``(N, m, k)``, and the 1-norm of its residual ``(N, k)``."""
+        if self.laplacian is None:
+            if rhs.shape[-2] >= _ITERATED_FROM and rhs.shape[-1] <= _ITERATED_COLUMNS:
+                found = self._iterate(rhs.mT)
+                if not bool(found.status.any()):
+                    return found.x.mT, found.residual * torch.linalg.vector_norm(rhs, dim=-2)
+            shift = torch.where(self.columns > 0, _SEPARATE * self.columns, 1).squeeze(-1)
+            self.laplacian = Laplacian(self.P * self.inverse.sqrt(), shift)
+        return self.laplacian.refined(rhs)
+
+    def _iterate(self, rhs: Tensor) -> Solution:
+        """Conjugate gradients on rows ``(N, k, m)``, preconditioned by the diagonal; two products with P an iteration."""
+        columns, inverse = self.columns.mT, self.inverse.mT
+        diagonal = columns - (self.P * self.P * self.inverse).sum(-2, keepdim=True)
+        usable = diagonal > torch.finfo(rhs.dtype).eps * columns
+        scale = torch.where(usable, 1 / torch.where(usable, diagonal, 1), 1)
+        return cg(
+            lambda u: columns * u - ((u @ self.P.mT) * inverse) @ self.P,
+            rhs,
+            preconditioner=lambda r: scale * r,
+            max_iter=_ITERATIONS,
+        )
 
 
 class DualValue(BroadcastingProblem):

@@ -24,7 +24,7 @@ __all__ = ["Method", "find_potentials"]
 Method = Literal["auto", "sinkhorn", "newton"]
 
 # The first ε as a fraction of the cost's range, and what the next one is of that.
-_FIRST, _FACTOR = 0.1, 0.25
+_FIRST, _FACTOR = 0.01, 0.25
 
 # The marginal error, relative to the mass, that Newton's method goes below before ε falls, and its most steps there.
 _NEAR, _NEAR_STEPS = 3e-3, 50

@@ -110,12 +110,20 @@ class _Kernel:
 
     def __init__(self, problem: Scaled, gamma: Tensor) -> None:
         X, a, b = problem
-        gamma = torch.where(b > 0, gamma, -torch.inf)
-        self.phi = a.log() - log_sums(X, gamma, -1)
-        self.gamma = b.log() - log_sums(X, self.phi, -2)
-        self.K = self.phi.unsqueeze(-1).sub(X).add_(self.gamma.unsqueeze(-2)).clamp_(min=FLOOR).exp_()
+        self.gamma = torch.where(b > 0, gamma, -torch.inf)
+        self.phi = a.log() - log_sums(X, self.gamma, -1)
         self.a, self.b = a.unsqueeze(-1), b.unsqueeze(-1)
-        self.u, self.v = torch.ones_like(self.a), torch.ones_like(self.b)
+        self.u = torch.ones_like(self.a)
+        self._set_kernel(X)
+        if self.has_grown():
+            # Columns that the cut exponents have lost are found again in the log domain.
+            self.gamma = b.log() - log_sums(X, self.phi, -2)
+            self._set_kernel(X)
+
+    def _set_kernel(self, X: Tensor) -> None:
+        """K, and the v that meets its columns."""
+        self.K = self.phi.unsqueeze(-1).sub(X).add_(self.gamma.unsqueeze(-2)).clamp_(min=FLOOR).exp_()
+        self.v = self.b / (self.K.mT @ self.u)
         self._sums: Tensor | None = None
 
     def take(self, index: Tensor) -> _Kernel:

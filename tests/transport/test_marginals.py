@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.func import jacrev
 
+from difflayers.transport import sinkhorn
 from difflayers.transport.marginals import Marginals, Options, plan_of
 from tests.transport.problems import marginal, random_cost
 
@@ -49,3 +50,18 @@ def test_the_plan_is_zero_where_a_marginal_is() -> None:
     a, b = torch.tensor([0.0, 1.0]), torch.tensor([0.5, 0.5, 0.0])
     plan = plan_of(torch.zeros(5), torch.zeros(2, 3), a, b, torch.tensor(0.1))
     assert torch.equal(plan, torch.tensor([[0.0, 0.0, 0.0], [1.0, 1.0, 0.0]]))
+
+
+@pytest.mark.parametrize("epsilon", [0.3, 1e-4])
+def test_conjugate_gradients_and_the_factorization_agree(epsilon: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    # At the lower temperature the plan falls apart, conjugate gradients give up, and the factorization takes over.
+    cost, a = random_cost(2, 30, 20).requires_grad_(), marginal(30).requires_grad_()
+    weights = random_cost(30, 20, seed=5)
+    slopes = []
+    for limit in (10**9, 1):
+        monkeypatch.setattr("difflayers.transport.marginals._ITERATED_FROM", limit)
+        plan = sinkhorn(cost, a, epsilon=epsilon, tol=1e-13).plan
+        slopes.append(torch.autograd.grad((weights * plan).sum(), (cost, a)))
+    torch.testing.assert_close(slopes[0][0], slopes[1][0], rtol=1e-6, atol=1e-9 * float(slopes[0][0].abs().max()))
+    if epsilon > 0.1:
+        torch.testing.assert_close(slopes[0][1], slopes[1][1], rtol=1e-8, atol=1e-10)

@@ -290,4 +290,7 @@ def test_module() -> None:
     fixed = SinkhornLayer(torch.tensor(0.05, dtype=torch.float64))
     assert "epsilon" in fixed.state_dict()
     assert not list(fixed.parameters())
+    learned = SinkhornLayer(torch.nn.Parameter(torch.tensor(0.05, dtype=torch.float64)))
+    (slope,) = torch.autograd.grad(learned.solve(cost).value, learned.epsilon)
+    assert float(slope) > 0  # a higher temperature costs more
     torch.testing.assert_close(fixed(cost), layer(cost), rtol=0, atol=1e-9)
