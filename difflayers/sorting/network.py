@@ -167,4 +167,3 @@ class SortingNetwork(nn.Module):
         if self.distribution == "logistic_phi":
             shown += f", art_lambda={self.art_lambda:g}"
         return shown + (", descending=True" if self.descending else "")
-

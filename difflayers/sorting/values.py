@@ -87,7 +87,7 @@ class _Swaps(BroadcastingProblem):
             lower += moved
             upper -= layer.facing(moved)
         rows[:size], rows[-size:] = columns, y[:size]
-        return (rows.T.reshape(*theta[0].shape[:-1], -1),)
+        return (rows.T.reshape(*theta[0].shape[:-1], rows.shape[0]),)
 
     def solve_linear(self, point: Sequence[Any], rhs: Tensor, transpose: bool, columns: bool) -> Solution:
         wiring, size = self.wiring, self.wiring.size
