@@ -17,6 +17,7 @@ price of one pass over P. All of it is differentiable matrix algebra; what autog
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -39,22 +40,23 @@ def bitonic_permutation(wiring: Wiring, weights: Tensor) -> Tensor:
     """
     size = wiring.size
     lead = weights.shape[:-1]
+    batch = math.prod(lead)
     # The weights have the batch last, P has it first: each then runs along contiguous memory.
-    weights = weights.reshape(lead.numel(), weights.shape[-1]).T
+    weights = weights.reshape(batch, weights.shape[-1]).T
     stay = 1 - weights
     # The 2 × 2 matrices of the swaps, (out, in, comparators, batch).
     swaps = torch.stack((torch.stack((stay, weights)), torch.stack((weights, stay))))
     # Pᵀ in blocks, (batch, runs, wires, inputs).
-    Q = weights.new_ones(lead.numel(), size, 1, 1)
+    Q = weights.new_ones(batch, size, 1, 1)
     rest = iter(swaps.split(wiring.counts, 2))
     for first, *others in wiring.blocks:
         Q = _join(Q, next(rest), first.groups, size)
         for factor in _factors(others, [next(rest) for _ in others]):
             runs, wires, inputs = Q.shape[1:]
             groups, inner, mixed = factor.shape[1:4]
-            sets = Q.reshape(lead.numel(), groups, mixed, inner, inputs).transpose(2, 3)
-            Q = (factor @ sets).transpose(2, 3).reshape(lead.numel(), runs, wires, inputs)
-    return Q.reshape(lead.numel(), *Q.shape[-2:])[:, :size, :size].mT.reshape(*lead, size, size)
+            sets = Q.reshape(batch, groups, mixed, inner, inputs).transpose(2, 3)
+            Q = (factor @ sets).transpose(2, 3).reshape(batch, runs, wires, inputs)
+    return Q.reshape(batch, *Q.shape[-2:])[:, :size, :size].mT.reshape(*lead, size, size)
 
 
 def _join(Q: Tensor, swaps: Tensor, runs: int, size: int) -> Tensor:

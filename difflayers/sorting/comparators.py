@@ -6,7 +6,7 @@ with wire :math:`2^b - 1 - i`, the others compare wires at the distances :math:`
 the usual network of runs in alternating directions with every other run renumbered from its end.
 
 Every comparator puts the smaller value on the wire of smaller number, so for a size n that is no power of two the wires from n on may be
-thought to hold +∞: no comparator that reaches one of them ever swaps, and it is left out.
+thought to hold +∞: no comparator that reaches one of them ever swaps, and a run without a second half stays as it is.
 
 Reference: Batcher, Sorting networks and their applications, AFIPS 1968.
 """
@@ -79,10 +79,10 @@ class Layer:
             return compared
         return torch.cat((y[: self.offset], compared, y[end:]))
 
-    def within(self, size: int) -> Tensor:
-        """Which comparators have both wires below ``size``: ``(comparators,)`` bool."""
+    def below(self, limit: int) -> Tensor:
+        """Which comparators have both wires below ``limit``: ``(comparators,)`` bool."""
         upper = self.facing(self.halves(torch.arange(self.offset + 2 * self.count))[1])
-        return (upper < size).flatten()
+        return (upper < limit).flatten()
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,10 +114,18 @@ class Wiring:
 
     @functools.cached_property
     def _active(self) -> Tensor | None:
-        return torch.cat([layer.within(self.size) for layer in self.layers]) if self.wires > self.size else None
+        if self.wires == self.size:
+            return None
+        active = []
+        for block in self.blocks:
+            run = 2 * block[0].length
+            # A last run without values in its second half is in order already.
+            limit = self.size if (self.size - 1) % run >= run // 2 else self.size - self.size % run
+            active += [layer.below(limit) for layer in block]
+        return torch.cat(active)
 
     def only_active(self, weights: Tensor) -> Tensor:
-        """``(comparators, *rest)`` with zeros for comparators that reach beyond the last value: they never swap."""
+        """``(comparators, *rest)`` with zeros for comparators that never swap."""
         if self._active is None:
             return weights
         return torch.where(self._active.to(weights.device).reshape(-1, *[1] * (weights.dim() - 1)), weights, 0)

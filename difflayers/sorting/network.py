@@ -1,12 +1,14 @@
 r"""Differentiable sorting networks: every comparator of a sorting network is a relaxed swap.
 
-With the shares :math:`q_l` that the comparators of layer l swap, and :math:`S_l^T y` the differences of the pairs that they compare, the network is
+With the shares :math:`q_l` that the comparators of layer l swap, and :math:`S_l^T y` the differences of the pairs that they compare, the
+network is
 
 .. math:: P^T = \prod_{l = L}^{1} \bigl(I - S_l \operatorname{diag}(q_l)\, S_l^T\bigr), \qquad \mathrm{values} = P^T x,
 
 a relaxed permutation matrix, doubly stochastic. The shares depend on x: the values are the solution of a triangular system
-(:mod:`difflayers.sorting.values`). Given the shares, payloads :math:`P^T y` and ranks :math:`P\,(1, …, n)^T` run through the network without P
-(:mod:`difflayers.sorting.carry`), and P of a bitonic network is a product of small blocks (:mod:`difflayers.sorting.butterfly`).
+(:mod:`difflayers.sorting.values`). Given the shares, payloads :math:`P^T y` and ranks :math:`P\,(1, …, n)^T` run through the network
+without P (:mod:`difflayers.sorting.carry`), and P of a bitonic network is a product of small blocks
+(:mod:`difflayers.sorting.butterfly`).
 
 References: Petersen, Borgelt, Kuehne and Deussen, Differentiable sorting networks for scalable sorting and ranking supervision, ICML
 2021, arXiv:2105.04019; Monotonic differentiable sorting networks, ICLR 2022, arXiv:2203.09630.
@@ -68,11 +70,11 @@ class SortingNetwork(nn.Module):
         >>> x = torch.tensor([3.0, 1.0, 2.0], requires_grad=True)
         >>> values, permutation = layer.sort(x)
         >>> values.detach()
-        tensor([1.0459, 1.9989, 2.9552])
+        tensor([1.0318, 2.0000, 2.9682])
         >>> torch.autograd.grad(permutation[1, 0], x)[0]    # the weight of the second input in the first place
-        tensor([ 0.0009, -0.0165,  0.0156])
+        tensor([ 0.0039, -0.0197,  0.0157])
         >>> layer.rank(x).detach()
-        tensor([2.9552, 1.0459, 1.9989])
+        tensor([2.9679, 1.0316, 2.0005])
 
     References: Petersen, Borgelt, Kuehne and Deussen, Differentiable sorting networks for scalable sorting and ranking supervision,
     ICML 2021; Monotonic differentiable sorting networks, ICLR 2022.

@@ -4,18 +4,20 @@ Layer l compares pairs of wires. With :math:`y_0 = x`, and with :math:`S_l^T y =
 
 .. math:: d_l = S_l^T y_{l-1}, \qquad y_l = y_{l-1} - S_l h(d_l), \qquad h(d) = q(d)\,d,
 
-where the share q that changes wires solves a regularized linear program (:mod:`difflayers.sorting.relaxations`), here eliminated, since at
-saturation Ω' is infinite and its inverse is not. The unknowns are :math:`y_0`, all the :math:`d_l` and the values :math:`y_L`, the equations
+where the share q that changes wires solves a regularized linear program (:mod:`difflayers.sorting.relaxations`). It is eliminated: at
+saturation Ω' is infinite, and its inverse is not. The unknowns are :math:`y_0`, all the :math:`d_l` and the values :math:`y_L`, the
+equations
 
 .. math:: y_0 - x = 0, \qquad d_l - S_l^T\Big(y_0 - \sum_{j<l} S_j h(d_j)\Big) = 0, \qquad y_L - y_0 + \sum_l S_l h(d_l) = 0.
 
 The forward pass is substitution: the network itself. So is the linear system behind a derivative: the network with the fixed weights
-:math:`h'(d_l)` in place of q, run forwards for tangents and, as :math:`I - S \operatorname{diag}(h') S^T` is symmetric, backwards for cotangents. What is kept
-is one number a comparator, O(n · depth).
+:math:`h'(d_l)` in place of q, run forwards for tangents and, as :math:`I - S \operatorname{diag}(h') S^T` is symmetric, backwards for
+cotangents. What is kept is one number a comparator, O(n · depth).
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -134,7 +136,7 @@ class _Swaps(BroadcastingProblem):
 
 def _as_columns(rows: Tensor) -> Tensor:
     """Rows ``(*batch, n)`` as ``(n, elements)``: what is done to one wire is then done along contiguous memory."""
-    return rows.reshape(rows.shape[:-1].numel(), rows.shape[-1]).T
+    return rows.reshape(math.prod(rows.shape[:-1]), rows.shape[-1]).T
 
 
 def _not_searched(*_: Any) -> Any:
