@@ -1,8 +1,8 @@
 """Sorting networks beside diffsort: time forward and backward, agreement, memory.
 
 ``python -m benchmarks.sorting``. Both compute in float64 with the same distribution and steepness. The loss is a fixed weighting of the
-permutation, or of the values. diffsort always builds the permutation. Memory is the peak that torch's allocator reaches above what was there
-before, by its profiler; the ratio counts both passes.
+permutation, of the values or of the ranks. diffsort always builds the permutation. Memory is the peak of what torch's allocator holds during
+both passes, above what it held before.
 """
 
 from __future__ import annotations
@@ -47,11 +47,9 @@ def main(*, short: bool = False) -> None:
 
 
 def speed(cases: list[tuple[str, int, int, str]]) -> None:
-    table = Table(
-        "Forward and backward, distribution cauchy, steepness 10",
-        [("network", 9), ("n", -5), ("batch", -5), ("loss on", 12), ("ours ms", -9), ("diffsort ÷", -10)]
-        + [("gradients differ", -16), ("ours MB", -9), ("diffsort ÷", -10)],
-    )
+    columns = [("network", 9), ("n", -5), ("batch", -5), ("loss on", 12), ("ours ms", -9), ("diffsort ÷", -10)]
+    columns += [("gradients differ", -16), ("ours MB", -9), ("diffsort ÷", -10)]
+    table = Table("Forward and backward, distribution cauchy, steepness 10", columns)
     for network, n, batch, of in cases:
         generator = torch.Generator().manual_seed(0)
         x = torch.randn(batch, n, dtype=torch.float64, generator=generator).requires_grad_()
