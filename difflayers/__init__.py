@@ -17,20 +17,36 @@ tensor([[ 0.5000, -0.5000,  0.0000]])
 ======================== ==========================================================================
 ``difflayers.convex``    quadratic programs: :class:`QPLayer`, ``solve_qp``; conic programs: ``solve_cone``; problems
                          written in CVXPY: :class:`CvxpyLayer`; ``projections`` on convex sets: :class:`Projection`
+``difflayers.sorting``   sorting, ranking and top-k that gradients pass through: :class:`SortingNetwork`
+``difflayers.transport`` optimal transport plans at any temperature: :class:`SinkhornLayer`, ``sinkhorn``
 ``difflayers.implicit``  the core: ``implicit_root``, ``implicit_fixed_point``, ``custom_root``,
                          ``linear_solve``, ``conditions``
 ``difflayers.solvers``   how a solution is found: batched loops that stop element by element
-``difflayers.transport`` optimal transport: :class:`SinkhornLayer`, ``sinkhorn``
 ``difflayers.errors``    what can go wrong, and what each error carries
 ======================== ==========================================================================
 """
 
-from . import convex, errors, implicit, solvers, transport
+from . import convex, errors, implicit, solvers, sorting, transport
 from .convex import CvxpyLayer, Projection, QPLayer
 from .solution import Solution, Status
+from .sorting import SortingNetwork
 from .transport import SinkhornLayer
 
 __version__ = "0.1.0"
 
-__all__ = ["CvxpyLayer", "Projection", "QPLayer", "SinkhornLayer", "Solution", "Status"]
-__all__ += ["__version__", "convex", "errors", "implicit", "solvers", "transport"]
+__all__ = [
+    "CvxpyLayer",
+    "Projection",
+    "QPLayer",
+    "SinkhornLayer",
+    "Solution",
+    "SortingNetwork",
+    "Status",
+    "__version__",
+    "convex",
+    "errors",
+    "implicit",
+    "solvers",
+    "sorting",
+    "transport",
+]
