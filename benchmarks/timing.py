@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["Race", "Table", "describe_machine", "installed", "one_thread", "race"]
+__all__ = ["Race", "Table", "describe_machine", "installed", "one_thread", "peak_memory", "race"]
 
 Run = Callable[[], Any]
 # What is prepared anew before each run is not timed: ``(prepare, run)`` calls ``run(prepare())``.
@@ -76,6 +76,19 @@ def _timed(prepare: Run | None, run: Callable[..., Any], repeats: int) -> float:
     for arguments in inputs:
         run(*arguments)
     return (time.process_time() - begin) / repeats
+
+
+def peak_memory(run: Run) -> int:
+    """The most bytes that torch's allocator held at once while ``run`` ran, above what it held before."""
+    run()
+    with torch.profiler.profile(profile_memory=True) as profile:
+        run()
+    held = most = 0
+    for event in profile.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            most = max(most, held)
+    return most
 
 
 class Table:

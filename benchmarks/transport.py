@@ -2,16 +2,13 @@
 
 ``python -m benchmarks.transport``. POT runs its log-domain method with the torch backend: unrolled (autograd follows the sweeps) and with
 ``grad="last_step"``. The published implicit differentiation (Eisenberger et al. 2022) is restated on the plan that POT ends with:
-the marginal equations, one of them dropped, solved by LU. The reference solves the marginal equations of a plan that fits to
-rounding, in NumPy.
+the marginal equations, one of them dropped, solved by LU. The reference is Newton's method on all the marginal equations in NumPy,
+started from our potentials, and the adjoint system at its end. Memory is the most that torch held at once.
 """
 
 from __future__ import annotations
 
 import argparse
-import ctypes
-import multiprocessing
-import resource
 import warnings
 from collections.abc import Callable
 
@@ -19,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.timing import Table, describe_machine, installed, one_thread, race
+from benchmarks.timing import Table, describe_machine, installed, one_thread, peak_memory, race
 from difflayers.transport import sinkhorn
 
 Gradient = Callable[[], Tensor]
@@ -56,7 +53,7 @@ def _row(table: Table, kind: str, n: int, epsilon: float, budget: float) -> None
         contestants |= {name: _pot(cost, weights, epsilon, name) for name in ("unrolled", "last step", "implicit")}
     exact = _reference(cost, weights, epsilon)
     errors = {name: float((run() - exact).abs().max() / exact.abs().max()) for name, run in contestants.items()}
-    memory = {name: _peak(run) for name, run in contestants.items()}
+    memory = {name: peak_memory(run) / 2**20 for name, run in contestants.items()}
     times = race(contestants, budget=budget, rounds=(1, 20))
     peers = ("unrolled", "last step", "implicit")
     ratios = [times.ratio(name, "ours") if name in contestants else None for name in peers]
@@ -102,37 +99,18 @@ def _implicit(P: Tensor, weights: Tensor, epsilon: float) -> Tensor:
 
 
 def _reference(cost: Tensor, weights: Tensor, epsilon: float) -> Tensor:
-    found = sinkhorn(cost, epsilon=epsilon, tol=1e-13)
-    P, n = found.plan.numpy(), cost.shape[-1]
+    found = sinkhorn(cost, epsilon=epsilon)
+    C, n, x = cost.numpy(), cost.shape[-1], torch.cat([found.f, found.g]).numpy()
+    for _ in range(3):
+        P = np.exp((x[:n, None] + x[n:] - C) / epsilon)
+        matrix = np.block([[np.diag(P.sum(1)), P], [P.T, np.diag(P.sum(0))]])[:-1, :-1]
+        x = x + epsilon * np.append(np.linalg.solve(matrix, 1 / n - np.concatenate([P.sum(1), P.sum(0)])[:-1]), 0)
+    P = np.exp((x[:n, None] + x[n:] - C) / epsilon)
     M = P * weights.numpy()
-    matrix = np.block([[np.diag(P.sum(1)), P], [P.T, np.diag(P.sum(0))]])[:-1, :-1]
     rhs = np.concatenate([M.sum(1), M.sum(0)])[:-1]
     u = np.linalg.solve(matrix, rhs)
     u = np.append(u + np.linalg.solve(matrix, rhs - matrix @ u), 0)
     return torch.from_numpy(-(M - P * (u[:n, None] + u[n:])) / epsilon)
-
-
-def _peak(run: Gradient) -> float:
-    """The megabytes by which a run raises the resident memory of a process of its own."""
-    context = multiprocessing.get_context("fork")
-    receiver, sender = context.Pipe(duplex=False)
-
-    def child() -> None:
-        ctypes.CDLL(None).malloc_trim(0)  # what earlier runs have freed would hide what this one takes
-        before = _resident()
-        run()
-        sender.send(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024 - before)
-
-    process = context.Process(target=child)
-    process.start()
-    megabytes = float(receiver.recv())
-    process.join()
-    return max(megabytes, 0.0)
-
-
-def _resident() -> float:
-    with open("/proc/self/statm") as file:
-        return int(file.read().split()[1]) * resource.getpagesize() / 2**20
 
 
 def _batches(*, short: bool) -> None:
