@@ -47,9 +47,8 @@ def find_potentials(problem: Scaled, tol: Tensor, *, method: Method, max_iter: i
     gamma, before = _anneal(problem, sharpen=method != "sinkhorn")
     patience = {"auto": _PATIENCE, "sinkhorn": math.inf, "newton": -1.0}[method]
     found = sweep(problem, gamma, tol, max_iter=max_iter or _SWEEPS, patience=patience)
-    left = (found.error > tol).nonzero().squeeze(-1)
-    if method != "sinkhorn" and left.numel():
-        _insert(found, left, newton(problem.take(left), found.gamma[left], tol[left], max_iter=max_iter or _STEPS))
+    if method != "sinkhorn":
+        _finish(found, problem, tol, max_iter or _STEPS)
     return found._replace(iterations=found.iterations + before)
 
 
@@ -65,16 +64,19 @@ def _anneal(problem: Scaled, *, sharpen: bool) -> tuple[Tensor, Tensor]:
         part = part._replace(X=part.X / larger[:, None, None])
         near = _NEAR * part.a.sum(-1)
         found = sweep(part, gamma[index] / larger[:, None], near, max_iter=STRIDE, patience=math.inf)
-        left = (found.error > near).nonzero().squeeze(-1)
-        if sharpen and left.numel():
-            _insert(found, left, newton(part.take(left), found.gamma[left], near[left], max_iter=_NEAR_STEPS))
+        if sharpen:
+            _finish(found, part, near, _NEAR_STEPS)
         gamma[index] = found.gamma * larger[:, None]
         iterations[index] += found.iterations
     return gamma, iterations
 
 
-def _insert(found: Swept, index: Tensor, better: Swept) -> None:
-    """Put ``better`` in the places of ``index``; its iterations come on top."""
-    better = better._replace(iterations=better.iterations + found.iterations[index])
-    for target, source in zip(found, better, strict=True):
-        target[index] = source
+def _finish(found: Swept, problem: Scaled, tol: Tensor, max_iter: int) -> None:
+    """Newton's method for the elements that the sweeps have left, in the places of theirs; its iterations come on top."""
+    left = (~(found.error <= tol)).nonzero().squeeze(-1)
+    if left.numel():
+        start = found.gamma[left].nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
+        better = newton(problem.take(left), start, tol[left], max_iter=max_iter)
+        better = better._replace(iterations=better.iterations + found.iterations[left])
+        for target, source in zip(found, better, strict=True):
+            target[left] = source

@@ -116,6 +116,8 @@ def sinkhorn(
         raise ValueError(f"method={method!r} is not known; choose 'auto', 'sinkhorn' or 'newton'")
     if backward not in ("implicit", "unroll"):
         raise ValueError(f"backward={backward!r} is not known; choose 'implicit' or 'unroll'")
+    if max_iter is not None and max_iter < 1:
+        raise ValueError(f"max_iter must be at least 1, got {max_iter}")
     batch, given = _validate(cost, a, b, epsilon)
     dtype = cost.dtype
     tol = (1e-10 if dtype == torch.float64 else 1e-6) if tol is None else tol

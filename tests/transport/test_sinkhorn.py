@@ -273,6 +273,7 @@ def test_forward_mode_and_jacobians() -> None:
         ((torch.ones(2, 3), [0.5, 0.5]), {}, "a must be a tensor like the cost"),
         ((torch.ones(4, 2, 3), torch.ones(5, 2) / 2), {}, "broadcast"),
         ((torch.ones(2, 2),), {"epsilon": 0.0}, "epsilon must be positive"),
+        ((torch.ones(2, 2),), {"max_iter": 0}, "max_iter must be at least 1"),
         ((torch.ones(2, 2),), {"method": "auction"}, "method='auction'"),
         ((torch.ones(2, 2),), {"backward": "envelope"}, "backward='envelope'"),
     ],
