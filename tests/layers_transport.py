@@ -7,7 +7,7 @@ from torch import Tensor
 
 from difflayers.errors import InfeasibleError, NotConvergedError
 from difflayers.solution import Status
-from difflayers.transport import SinkhornLayer, sinkhorn
+from difflayers.transport import SinkhornLayer, sinkhorn, sinkhorn_divergence
 from tests.layers import Failure, Function, Inputs, Layer, randn
 from tests.reference import newton_root
 
@@ -99,4 +99,18 @@ def _module() -> Layer:
     return Layer("SinkhornLayer", lambda cost: module()(cost).square(), lambda g: (randn(g, 3, 2, scale=0.3),), module=module)
 
 
-TRANSPORT: tuple[Layer, ...] = (_plan("auto"), _plan("newton"), _potentials(), _module())
+def _divergence() -> Layer:
+    # Three transport problems of one temperature; the points of both clouds and the weights of one move.
+    def call(x: Tensor, y: Tensor, logits: Tensor, **options: str) -> Tensor:
+        return sinkhorn_divergence(x, y, logits.softmax(-1), epsilon=0.3, tol=1e-13, **options).value
+
+    return Layer(
+        "sinkhorn_divergence",
+        call,
+        lambda g: (randn(g, 3, 2, scale=0.5), randn(g, 2, 2, scale=0.5), randn(g, 3, scale=0.3)),
+        failures=(Failure("NaN", lambda x, y, logits: (x * torch.nan, y, logits), NotConvergedError, (Status.NUMERICAL_ERROR,)),),
+        heavy=True,
+    )
+
+
+TRANSPORT: tuple[Layer, ...] = (_plan("auto"), _plan("newton"), _potentials(), _module(), _divergence())

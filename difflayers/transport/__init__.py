@@ -1,5 +1,6 @@
 """Optimal transport: plans, potentials and values that can be differentiated to any order at any temperature."""
 
+from .divergence import DivergenceSolution, monge_gap, sinkhorn_divergence
 from .sinkhorn import SinkhornLayer, TransportSolution, sinkhorn
 
-__all__ = ["SinkhornLayer", "TransportSolution", "sinkhorn"]
+__all__ = ["DivergenceSolution", "SinkhornLayer", "TransportSolution", "monge_gap", "sinkhorn", "sinkhorn_divergence"]

@@ -1,0 +1,187 @@
+r"""Distances between weighted point clouds, and between a map and an optimal one, that are zero where they should be.
+
+With the entropic cost :math:`W_ε(x, y) = \min_P ⟨P, C⟩ + ε \sum P \log P` of points x and y with weights a and b (the ``dual_value`` of
+:func:`~difflayers.transport.sinkhorn`),
+
+.. math:: S_ε(x, y) = W_ε(x, y) - \tfrac12 W_ε(x, x) - \tfrac12 W_ε(y, y) \ge 0, \qquad
+   M_ε(x, T) = \frac1n \sum_i c(x_i, T x_i) - W_ε(x, T x) - ε \log n \ge 0 .
+
+The entropies of the marginals cancel in S, so that it is the divergence that others define by the relative entropy of P to the product of
+the marginals. M is the excess of the map's cost over the cheapest way to send x to T x, and goes to zero with ε if T is
+optimal. Gradients need no linear system (the envelope theorem); they flow through both arguments of every cost.
+
+References: Feydy et al., Interpolating between optimal transport and MMD using Sinkhorn divergences, AISTATS 2019, arXiv:1810.08278;
+Uscidda and Cuturi, The Monge gap, ICML 2023, arXiv:2302.04953.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..errors import ShapeError
+from ..solution import OnFailure, Status
+from .sinkhorn import TransportSolution, sinkhorn
+
+__all__ = ["DivergenceSolution", "monge_gap", "sinkhorn_divergence"]
+
+Cost = Callable[[Tensor, Tensor], Tensor]
+
+
+class DivergenceSolution(NamedTuple):
+    """What :func:`sinkhorn_divergence` and :func:`monge_gap` return; the value is differentiable.
+
+    Attributes:
+        value: ``(*batch,)``, not negative up to rounding.
+        status: ``(*batch,)`` codes of :class:`~difflayers.Status`: that of the first transport problem which is not solved.
+        marginal_error: ``(*batch,)``, the largest of the transport problems.
+        iterations: ``(*batch,)`` int64, of all of them together.
+    """
+
+    value: Tensor
+    status: Tensor
+    marginal_error: Tensor
+    iterations: Tensor
+
+
+def sinkhorn_divergence(
+    x: Tensor,
+    y: Tensor,
+    a: Tensor | None = None,
+    b: Tensor | None = None,
+    *,
+    epsilon: float | Tensor,
+    cost: Cost | None = None,
+    tol: float | None = None,
+    max_iter: int | None = None,
+    on_failure: OnFailure = "raise",
+) -> DivergenceSolution:
+    """The Sinkhorn divergence of two weighted point clouds: zero if they are equal, positive otherwise, smooth in points and weights.
+
+    Small ε compares as optimal transport does, large ε only the means (for the squared distance).
+
+    Args:
+        x: ``(*batch, n, d)``.
+        y: ``(*batch, m, d)``.
+        a: ``(*batch, n)``, weights of x. None: 1/n each.
+        b: ``(*batch, m)``, weights of y, with the sum of a. None: 1/m each.
+        epsilon: the temperature, in units of the cost.
+        cost: ``(x, y) -> (*batch, n, m)``, symmetric; None: squared Euclidean distances.
+        tol: as in :func:`~difflayers.transport.sinkhorn`.
+        max_iter: as in :func:`~difflayers.transport.sinkhorn`.
+        on_failure: as in :func:`~difflayers.transport.sinkhorn`.
+
+    Returns:
+        :class:`DivergenceSolution`.
+
+    Raises:
+        ShapeError, InfeasibleError, NotConvergedError: as :func:`~difflayers.transport.sinkhorn`.
+
+    Example:
+        >>> import torch
+        >>> from difflayers.transport import sinkhorn_divergence
+        >>> x = torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
+        >>> shift = torch.tensor([0.3, 0.4])
+        >>> sinkhorn_divergence(x, x + shift, epsilon=0.1).value        # a translation: its squared length
+        tensor(0.2500)
+    """
+    _check_clouds(x, y)
+    cost = _guarded(cost)
+    sides = [(x, y, a, b, 1.0), (x, x, a, a, -0.5), (y, y, b, b, -0.5)]
+    found = [sinkhorn(cost(p, q), c, d, epsilon=epsilon, tol=tol, max_iter=max_iter, on_failure=on_failure) for p, q, c, d, _ in sides]
+    value = sum((weight * part.dual_value for part, (*_, weight) in zip(found, sides, strict=True)), torch.zeros_like(found[0].value))
+    return _together(value, found, on_failure)
+
+
+def monge_gap(
+    x: Tensor,
+    mapped_x: Tensor,
+    *,
+    epsilon: float | Tensor,
+    cost: Cost | None = None,
+    tol: float | None = None,
+    max_iter: int | None = None,
+    on_failure: OnFailure = "raise",
+) -> DivergenceSolution:
+    """By how much a map costs more than the cheapest way to send its sample to its image, at the temperature ε.
+
+    As a penalty it makes a map optimal without asking for a special architecture. The value is the published one (whose entropic cost
+    subtracts the entropy of the plan) minus ε log n, a constant, so that it tends to zero for an optimal map.
+
+    Args:
+        x: ``(*batch, n, d)``, the sample.
+        mapped_x: ``(*batch, n, d)``, where each point goes.
+        epsilon: the temperature, in units of the cost.
+        cost: ``(x, y) -> (*batch, n, m)``; None: squared Euclidean distances.
+        tol: as in :func:`~difflayers.transport.sinkhorn`.
+        max_iter: as in :func:`~difflayers.transport.sinkhorn`.
+        on_failure: as in :func:`~difflayers.transport.sinkhorn`.
+
+    Returns:
+        :class:`DivergenceSolution`.
+
+    Raises:
+        ShapeError, NotConvergedError: as :func:`~difflayers.transport.sinkhorn`.
+
+    Example:
+        >>> import torch
+        >>> from difflayers.transport import monge_gap
+        >>> x = torch.tensor([[0.0], [1.0], [2.0]])
+        >>> abs(monge_gap(x, 2 * x + 1, epsilon=0.01).value) < 1e-6     # increasing: optimal
+        tensor(True)
+        >>> monge_gap(x, -x, epsilon=0.01).value > 1                    # decreasing: the worst there is
+        tensor(True)
+    """
+    _check_clouds(x, mapped_x)
+    if x.shape[-2] != mapped_x.shape[-2]:
+        raise ShapeError(f"mapped_x must have a point for each of x: got {mapped_x.shape[-2]} and {x.shape[-2]}")
+    costs = _guarded(cost)(x, mapped_x)
+    found = sinkhorn(costs, epsilon=epsilon, tol=tol, max_iter=max_iter, on_failure=on_failure)
+    entropy = torch.as_tensor(epsilon, dtype=costs.dtype, device=costs.device) * torch.tensor(x.shape[-2]).log().to(costs)
+    return _together(costs.diagonal(dim1=-2, dim2=-1).mean(-1) - found.dual_value - entropy, [found], on_failure)
+
+
+def _guarded(cost: Cost | None) -> Cost:
+    """The cost, NaN for clouds that are not finite, to which no gradient flows: a derivative of the cost there would be 0 · NaN."""
+
+    def guarded(x: Tensor, y: Tensor) -> Tensor:
+        spoiled = []
+        for cloud in (x, y):
+            total = cloud.detach().sum((-1, -2))
+            spoiled.append(torch.where(torch.isfinite(total), 0, torch.nan)[..., None, None])
+        x, y = (torch.where(flag == 0, cloud, 0) for flag, cloud in zip(spoiled, (x, y), strict=True))
+        return (_squared_distances if cost is None else cost)(x, y) + (spoiled[0] + spoiled[1]).to(x.dtype)
+
+    return guarded
+
+
+def _squared_distances(x: Tensor, y: Tensor) -> Tensor:
+    """``(*batch, n, m)``; by products, which is exact enough beside ε once the origin is among the points."""
+    center = x.detach().mean(-2, keepdim=True)
+    x, y = x - center, y - center
+    return (x * x).sum(-1).unsqueeze(-1) + (y * y).sum(-1).unsqueeze(-2) - 2 * (x @ y.mT)
+
+
+def _together(value: Tensor, found: list[TransportSolution], on_failure: OnFailure) -> DivergenceSolution:
+    status = found[-1].status
+    for part in reversed(found[:-1]):
+        status = torch.where(part.status != Status.SOLVED, part.status, status)
+    if on_failure == "nan":
+        value = torch.where(status != Status.SOLVED, torch.nan, value)
+    errors, iterations = torch.broadcast_tensors(*(part.marginal_error for part in found)), [part.iterations for part in found]
+    return DivergenceSolution(value, status, torch.stack(errors).amax(0), torch.stack(torch.broadcast_tensors(*iterations)).sum(0))
+
+
+def _check_clouds(x: Tensor, y: Tensor) -> None:
+    for name, value in (("x", x), ("y", y)):
+        if not isinstance(value, Tensor) or not value.is_floating_point() or value.dim() < 2:
+            came = f"{tuple(value.shape)} {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
+            raise ShapeError(f"{name} must be floating points (*batch, n, d), got {came}")
+    if x.shape[-1] != y.shape[-1] or x.dtype != y.dtype or x.device != y.device:
+        raise ShapeError(
+            f"both clouds must have points of one dimension, dtype and device: got {tuple(x.shape)} {x.dtype} on {x.device} and "
+            f"{tuple(y.shape)} {y.dtype} on {y.device}"
+        )
