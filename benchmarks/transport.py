@@ -22,7 +22,7 @@ from difflayers.transport import sinkhorn
 Gradient = Callable[[], Tensor]
 
 # POT's marginal error, a looser one where its graph would not fit into memory, and its default for the most sweeps.
-_POT_TOL, _POT_LOOSE, _POT_SWEEPS = 1e-6, 1e-3, 1000
+_POT_TOL, _POT_LOOSE, _POT_SWEEPS = 1e-6, 1e-4, 1000
 
 
 def main(*, short: bool = False) -> None:

@@ -58,7 +58,7 @@ class Options(NamedTuple):
 def plan_of(potentials: Tensor, cost: Tensor, a: Tensor, b: Tensor, epsilon: Tensor) -> Tensor:
     """The plan ``(*batch, n, m)`` of potentials ``(*batch, n + m)``; zero where a marginal is, and below e^FLOOR."""
     phi, gamma = _scaled(potentials, a, b, epsilon)
-    exponent = phi.unsqueeze(-1) + gamma.unsqueeze(-2) - cost / epsilon[..., None, None]
+    exponent = cost / -epsilon[..., None, None] + phi.unsqueeze(-1) + gamma.unsqueeze(-2)
     # Thresholds, whose derivatives cost less than those of clamp and where.
     return torch.threshold(torch.threshold(exponent, FLOOR, FLOOR).exp(), _LEAST, 0.0)
 
@@ -225,7 +225,7 @@ class _Factor:
     def _iterate(self, rhs: Tensor) -> Solution:
         """Conjugate gradients on rows ``(N, k, m)``, preconditioned by the diagonal; two products with P an iteration."""
         columns, inverse = self.columns.mT, self.inverse.mT
-        diagonal = columns - (self.P * self.P * self.inverse).sum(-2, keepdim=True)
+        diagonal = columns - inverse @ (self.P * self.P)
         usable = diagonal > torch.finfo(rhs.dtype).eps * columns
         scale = torch.where(usable, 1 / torch.where(usable, diagonal, 1), 1)
         return cg(
