@@ -45,7 +45,7 @@ def newton(problem: Scaled, gamma: Tensor, tol: Tensor, *, max_iter: int) -> Swe
 
     Args:
         problem: N problems, best with no more columns than rows.
-        gamma: ``(N, m)``, where to start; its row-free columns are ignored.
+        gamma: ``(N, m)``, where to start; what it says of columns without mass is ignored.
         tol: ``(N,)``, the column error (1-norm) to reach.
         max_iter: most steps.
 

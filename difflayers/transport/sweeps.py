@@ -4,7 +4,7 @@ With potentials in units of ε (φ = f/ε, γ = g/ε, X = C/ε) one sweep meets 
 
 .. math:: φ_i = \log a_i - \log \sum_j e^{γ_j - X_{ij}}, \qquad γ_j = \log b_j - \log \sum_i e^{φ_i - X_{ij}} .
 
-After one sweep in the log domain the kernel :math:`K = e^{φ ⊕ γ - X}` has entries of the size of the marginals, and further sweeps are
+After half a sweep in the log domain the kernel :math:`K = e^{φ ⊕ γ - X}` has entries of the size of the marginals, and further sweeps are
 products with it, :math:`u = a / (K v)`, :math:`v = b / (K^T u)`: the same iteration without the exponentials. Scalings that have grown
 large are absorbed into the potentials, and K is made anew.
 
@@ -106,7 +106,7 @@ def sweep(problem: Scaled, gamma: Tensor, tol: Tensor, *, max_iter: int, patienc
 
 
 class _Kernel:
-    """K = exp(φ ⊕ γ − X) after a sweep in the log domain, and the scalings u, v of its rows and columns, as columns ``(N, ., 1)``."""
+    """K = exp(φ ⊕ γ − X), with φ found in the log domain, and the scalings u, v of its rows and columns, as columns ``(N, ., 1)``."""
 
     def __init__(self, problem: Scaled, gamma: Tensor) -> None:
         X, a, b = problem
