@@ -1,8 +1,8 @@
 """Sorting networks beside diffsort: time forward and backward, agreement, memory.
 
 ``python -m benchmarks.sorting``. Both compute in float64 with the same distribution and steepness. The loss is a fixed weighting of the
-permutation, of the values or of the ranks. diffsort always builds the permutation. Memory is the peak of what torch's allocator holds during
-both passes, above what it held before.
+permutation, of the values or of the ranks. diffsort always builds the permutation. Memory is the most that torch holds at once in
+both passes, beyond what it held before.
 """
 
 from __future__ import annotations
