@@ -107,8 +107,8 @@ def soft_rank(
     equal entries share the mean of theirs. The values and the meaning of the arguments are torchsort's.
 
     Args:
-        x: ``(*batch, n)``, or n in another place: see ``dim``. Infinite entries take the first or last ranks, and the others are
-            as without them: a row can be padded.
+        x: ``(*batch, n)``, or n in another place: see ``dim``. Infinite entries take the first and the last ranks. Those of +∞ (−∞ if
+            descending) leave the other ranks as they are without them, so rows of different lengths are padded with them.
         regularization: ``"l2"`` or ``"kl"``.
         regularization_strength: ε > 0; a tensor is of shape ``(*batch,)``, and is differentiated, too.
         dim: what is ranked.
