@@ -7,14 +7,11 @@ j = 1 … n and in ascending order,
    \text{SoftSort:} \quad & P_{ij} = \operatorname{softmax}_i\bigl(-|x_i - s_j| / τ\bigr), \\
    \text{NeuralSort:} \quad & P_{ij} = \operatorname{softmax}_i\Bigl(\bigl((2j - n - 1)\, x_i - \sum_l |x_i - x_l|\bigr) / τ\Bigr).
 
-Both are the transposes of the matrices in their papers, which have one output a row. Their largest weights of different columns lie in
-different rows (*unimodal*), but their rows need not sum to one. Those of the two other methods do: a sorting network, whose P is a product of
-relaxed swaps, and entropic transport from x to n increasing targets.
+Both are the transposes of the matrices in their papers, which have one output a row. The largest weights of different columns lie in
+different rows (the matrix is *unimodal*), but rows need not sum to one.
 
 References: Prillo and Eisenschlos, SoftSort: a continuous relaxation for the argsort operator, ICML 2020 (arXiv:2006.16038);
-Grover, Wang, Zweig and Ermon, Stochastic optimization of sorting networks via continuous relaxations, ICLR 2019 (arXiv:1903.08850);
-Petersen, Borgelt, Kuehne and Deussen, Monotonic differentiable sorting networks, ICLR 2022 (arXiv:2203.09630);
-Cuturi, Teboul and Vert, Differentiable ranks and sorting using optimal transport, NeurIPS 2019 (arXiv:1905.11885).
+Grover, Wang, Zweig and Ermon, Stochastic optimization of sorting networks via continuous relaxations, ICLR 2019 (arXiv:1903.08850).
 """
 
 from __future__ import annotations
@@ -47,8 +44,8 @@ def soft_argsort(
         descending: from the largest to the smallest.
 
     Returns:
-        ``(*batch, n, n)``: the weight of input i in output j. Columns sum to one; rows need not. A row of x that has a NaN or an infinite entry, or
-        a strength in a tensor that is not positive, gives NaN.
+        ``(*batch, n, n)``: the weight of input i in output j. Columns sum to one; rows need not. A row of x that has a NaN or an infinite
+        entry, or a strength in a tensor that is not positive, gives NaN.
 
     Raises:
         ShapeError: x is not a floating tensor of at least one dimension, or the strength has not the shape of its batch.

@@ -3,16 +3,20 @@ r"""Soft sorting and ranking: projections on the permutahedron.
 The permutahedron :math:`\mathcal P(w)` is the convex hull of the permutations of w. Sorting and ranking are linear programs on it,
 and a strength ε of regularization makes their solutions differentiable: with ρ = (n, …, 1) and in descending order,
 
-.. math:: s = P_{\mathcal P(x)}(ρ / ε), \qquad r = P_{\mathcal P(ρ)}(-x / ε), \qquad P_{\mathcal P(w)}(z) = \arg\min_{p \in \mathcal P(w)} \tfrac12 \|p - z\|^2,
+.. math::
+   s = P_{\mathcal P(x)}(ρ / ε), \qquad r = P_{\mathcal P(ρ)}(-x / ε), \qquad
+   P_{\mathcal P(w)}(z) = \arg\min_{p \in \mathcal P(w)} \tfrac12 \|p - z\|^2,
 
 or, for ``"kl"``, with the Kullback–Leibler divergence between exponentials in the place of the square. For sorted z and w the projection is
 p = z − v, where v is the isotonic regression of z − w. It pools neighbours into blocks B, and on each of them v is
 
-.. math:: v_B = \operatorname{mean}(z_B) - \operatorname{mean}(w_B) \quad\text{or, for kl,}\quad \operatorname{logsumexp}(z_B) - \operatorname{logsumexp}(w_B).
+.. math::
+   v_B = \operatorname{mean}(z_B) - \operatorname{mean}(w_B) \quad\text{or, for kl,}\quad
+   \operatorname{logsumexp}(z_B) - \operatorname{logsumexp}(w_B).
 
-The blocks are found without a derivative, by one sort and by pooling adjacent violators, in :math:`O(n \log n)`. The projection is the solution
-of a system that is linear within them, and autograd differentiates that solution: its Jacobian averages over each block, with
-equal weights or with those of a softmax.
+The blocks are found without a derivative, by one sort and by pooling adjacent violators, in :math:`O(n \log n)`. This happens on the CPU,
+wherever x is. Given the blocks, the formulas above solve the optimality conditions, and autograd differentiates them: the Jacobian
+averages over each block, with equal weights or with those of a softmax.
 
 References: Blondel, Teboul, Berthet and Djolonga, Fast differentiable sorting and ranking, ICML 2020 (arXiv:2002.08871).
 """
@@ -159,7 +163,7 @@ def _log_geometric_sum(count: Tensor, strength: float | Tensor) -> float | Tenso
 
 
 def _blocks(problem: _Pooled, x: Tensor, strength: float | Tensor) -> tuple[Tensor, ...]:
-    operands = [x.detach()] if isinstance(strength, float) else [x.detach(), strength.detach()]
+    operands = [x.detach(), strength.detach()] if isinstance(strength, Tensor) else [x.detach()]
     return ImplicitFunction.apply(problem, x.new_zeros(0), *visible_to_modes(operands))[1:]
 
 
@@ -171,7 +175,7 @@ class _Pooled(BroadcastingProblem):
 
     def __init__(self, batch_ndim: int, strength: float | Tensor, kl: bool, mirrored: bool = False) -> None:
         super().__init__(_nothing, _nothing, LinearMethod(), batch_ndim=batch_ndim)
-        self.core_ndims = (1,) if isinstance(strength, float) else (1, 1)
+        self.core_ndims = (1, 1) if isinstance(strength, Tensor) else (1,)
         self.strength, self.kl, self.mirrored = strength, kl, mirrored
 
     def deeper(self, size: int) -> _Pooled:

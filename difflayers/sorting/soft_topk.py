@@ -7,12 +7,12 @@ capped simplex, with exact zeros and ones. With the entropy :math:`Ω(y) = \sum_
 
 .. math:: y_i = σ(x_i / ε + ν), \qquad \sum_i σ(x_i / ε + ν) = k,
 
-whose only unknown ν is found by Newton's method within a bracket: between the k-th and the next entry, no further than a logarithm of n from
-their middle. Both are differentiated at their solution: the Jacobian is :math:`(D - d d^T / 1^T d) / ε`, with d = y (1 - y), or the
+whose only unknown ν is found by Newton's method within a bracket: no further than log 2n from the middle between the k-th and the next
+entry of -x / ε. Both are differentiated at their solution: the Jacobian is :math:`(D - d d^T / 1^T d) / ε`, with d = y (1 - y), or the
 indicator of the entries between zero and one, and D its diagonal matrix.
 
-References: Amos, Koltun and Kolter, The limited multi-label projection layer, 2019 (arXiv:1906.08707); Martins and Kreutzer, Learning what's easy:
-fully differentiable neural easy-first taggers, EMNLP 2017.
+References: Amos, Koltun and Kolter, The limited multi-label projection layer, 2019 (arXiv:1906.08707);
+Martins and Kreutzer, Learning what's easy: fully differentiable neural easy-first taggers, EMNLP 2017.
 """
 
 from __future__ import annotations

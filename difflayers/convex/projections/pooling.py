@@ -6,8 +6,8 @@ p is the weighted mean of y in each block; blocks are all that is found here, wi
 costs more than the pooling of a short row. So rows are laid one above the other, in values that leave the blocks of a row as they are, and
 become one long sequence whose blocks cannot reach from one row to the next.
 
-With y and w given by their logarithms, a row may span more than the exponents of floating-point numbers. It is then cut where all that is before
-is smaller than all that follows. No block crosses a cut, so the distance between the parts does not matter.
+With y and w given by their logarithms, a row may span more than the exponents of floating-point numbers. It is then cut where all that is
+before is smaller than all that follows. No block crosses a cut, so the distance between the parts does not matter.
 
 Reference: Best and Chakravarti, Active set algorithms for isotonic regression, Mathematical Programming 47 (1990).
 """

@@ -1,9 +1,9 @@
 r"""One scalar equation a row, f(u, θ) = 0 with a bracket, as a root problem of the core.
 
-Projections on curved cones, and soft top-k masks, reduce to one unknown u a row. f changes its sign once, from negative to positive, between the ends of
-a bracket. Newton's method takes the step where it stays inside and is at most half as long as the step before the last; elsewhere
-the bracket is halved. It cannot fail, and ends with the rounding of f. Derivatives come from the implicit rule, whose linear
-system is a division by ∂f/∂u.
+Projections on curved cones, and soft top-k masks, reduce to one unknown u a row. f changes its sign once, from negative to positive,
+between the ends of a bracket. Newton's method takes the step where it stays inside and is at most half as long as the step before the
+last; elsewhere the bracket is halved. It cannot fail, and ends with the rounding of f. Derivatives come from the implicit rule, whose
+linear system is a division by ∂f/∂u.
 
 Reference: Press, Teukolsky, Vetterling and Flannery, Numerical Recipes, Cambridge 2007, section 9.4.
 """
