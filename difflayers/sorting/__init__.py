@@ -1,32 +1,10 @@
-"""Sorting, ranking and choosing the largest, relaxed so that they can be differentiated, and the losses and metrics that go with it."""
+"""Sorting, ranking and top-k, relaxed so that gradients pass."""
 
 from __future__ import annotations
 
-from .discounted_gain import NDCGLoss, ndcg, ndcg_loss
-from .permutation_loss import (
-    PermutationAccuracy,
-    PermutationCrossEntropyLoss,
-    permutation_accuracy,
-    permutation_cross_entropy,
-    permutation_matrix,
-)
-from .rank_correlation import SpearmanLoss, spearman, spearman_loss
-from .ranks import average_rank
+from .network import SortingNetwork, SortResult
+from .soft_argsort import soft_argsort
 from .soft_rank import soft_rank, soft_sort
+from .soft_topk import soft_topk
 
-__all__ = [
-    "NDCGLoss",
-    "PermutationAccuracy",
-    "PermutationCrossEntropyLoss",
-    "SpearmanLoss",
-    "average_rank",
-    "ndcg",
-    "ndcg_loss",
-    "permutation_accuracy",
-    "permutation_cross_entropy",
-    "permutation_matrix",
-    "soft_rank",
-    "soft_sort",
-    "spearman",
-    "spearman_loss",
-]
+__all__ = ["SortResult", "SortingNetwork", "soft_argsort", "soft_rank", "soft_sort", "soft_topk"]

@@ -49,6 +49,8 @@ def rows_and_strength(x: Tensor, strength: Strength, dim: int) -> tuple[Tensor, 
     try:
         batch = torch.broadcast_shapes(each.shape, rows.shape[:-1])
     except RuntimeError as error:
-        raise ShapeError(f"regularization_strength must have the shape {tuple(rows.shape[:-1])} of x without dim {dim}, got {tuple(each.shape)}") from error
+        raise ShapeError(
+            f"regularization_strength must have the shape {tuple(rows.shape[:-1])} of x without dim {dim}, got {tuple(each.shape)}"
+        ) from error
     each = torch.where(each > 0, each, torch.nan).unsqueeze(-1).double()
     return rows.expand(*batch, rows.shape[-1]).double(), each, x.dtype

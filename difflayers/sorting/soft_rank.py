@@ -3,16 +3,20 @@ r"""Soft sorting and ranking: projections on the permutahedron.
 The permutahedron :math:`\mathcal P(w)` is the convex hull of the permutations of w. Sorting and ranking are linear programs on it,
 and a strength ε of regularization makes their solutions differentiable: with ρ = (n, …, 1) and in descending order,
 
-.. math:: s = P_{\mathcal P(x)}(ρ / ε), \qquad r = P_{\mathcal P(ρ)}(-x / ε), \qquad P_{\mathcal P(w)}(z) = \arg\min_{p \in \mathcal P(w)} \tfrac12 \|p - z\|^2,
+.. math::
+   s = P_{\mathcal P(x)}(ρ / ε), \qquad r = P_{\mathcal P(ρ)}(-x / ε), \qquad
+   P_{\mathcal P(w)}(z) = \arg\min_{p \in \mathcal P(w)} \tfrac12 \|p - z\|^2,
 
 or, for ``"kl"``, with the Kullback–Leibler divergence between exponentials in the place of the square. For sorted z and w the projection is
 p = z − v, where v is the isotonic regression of z − w. It pools neighbours into blocks B, and on each of them v is
 
-.. math:: v_B = \operatorname{mean}(z_B) - \operatorname{mean}(w_B) \quad\text{or, for kl,}\quad \operatorname{logsumexp}(z_B) - \operatorname{logsumexp}(w_B).
+.. math::
+   v_B = \operatorname{mean}(z_B) - \operatorname{mean}(w_B) \quad\text{or, for kl,}\quad
+   \operatorname{logsumexp}(z_B) - \operatorname{logsumexp}(w_B).
 
-The blocks are found without a derivative, by one sort and by pooling adjacent violators, in :math:`O(n \log n)`. The projection is the solution
-of a system that is linear within them, and autograd differentiates that solution: its Jacobian averages over each block, with
-equal weights or with those of a softmax.
+The blocks are found without a derivative, by one sort and by pooling adjacent violators, in :math:`O(n \log n)`. This happens on the CPU,
+wherever x is. Given the blocks, the formulas above solve the optimality conditions, and autograd differentiates them: the Jacobian
+averages over each block, with equal weights or with those of a softmax.
 
 References: Blondel, Teboul, Berthet and Djolonga, Fast differentiable sorting and ranking, ICML 2020 (arXiv:2002.08871).
 """
@@ -38,6 +42,7 @@ from .arguments import Strength, check_choice, rows_and_strength
 __all__ = ["soft_rank", "soft_sort"]
 
 _LARGEST = 1e300  # what an infinite entry is counted as
+_AT_ONCE = 16384  # entries that are pooled together, so that what is made on the way stays in the cache
 
 
 @eager
@@ -81,14 +86,13 @@ def soft_sort(
     """
     check_choice(regularization, "regularization", ("l2", "kl"))
     x, strength, wanted = rows_and_strength(x, regularization_strength, dim)
-    group, base, block, level, size, below = _blocks(_Sorted(x.dim() - 1, strength, regularization == "kl", not descending), x, strength)
+    group, base, block, level, size, shift = _blocks(_Sorted(x.dim() - 1, strength, regularization == "kl", not descending), x, strength)
     sign = 1 if descending else -1
     if regularization == "l2":
-        pooled = torch.zeros_like(x).scatter_add(-1, group, x - base).gather(-1, block) / size
-        values = level + pooled + sign * ((size - 1) / 2 - below) / strength
+        values = level + _sums(x - base, group, block) / size
     else:
-        mass = torch.zeros_like(x).scatter_add(-1, group, torch.exp(sign * (x - base))).gather(-1, block)
-        values = level + sign * (torch.log(mass) - below / strength - _log_geometric_sum(size, strength))
+        values = level + sign * (_sums(torch.exp(sign * (x - base)), group, block).log() - _log_geometric_sum(size, strength))
+    values = values + shift / strength if isinstance(strength, Tensor) else values.add(shift, alpha=1 / strength)
     return values.to(wanted).movedim(-1, dim)
 
 
@@ -107,8 +111,8 @@ def soft_rank(
     equal entries share the mean of theirs. The values and the meaning of the arguments are torchsort's.
 
     Args:
-        x: ``(*batch, n)``, or n in another place: see ``dim``. Infinite entries take the first or last ranks, and the others are
-            as without them: a row can be padded.
+        x: ``(*batch, n)``, or n in another place: see ``dim``. Infinite entries take the first and the last ranks. Those of +∞ (−∞ if
+            descending) leave the other ranks as they are without them, so rows of different lengths are padded with them.
         regularization: ``"l2"`` or ``"kl"``.
         regularization_strength: ε > 0; a tensor is of shape ``(*batch,)``, and is differentiated, too.
         dim: what is ranked.
@@ -136,15 +140,19 @@ def soft_rank(
     x, strength, wanted = rows_and_strength(x, regularization_strength, dim)
     # Infinite entries are in blocks of their own, where they must not meet as inf − inf.
     x = (-x if descending else x).clamp(-_LARGEST, _LARGEST)
-    group, base, size, total = _blocks(_Ranked(x.dim() - 1, strength, regularization == "kl"), x, strength)
+    group, base, size, middle = _blocks(_Ranked(x.dim() - 1, strength, regularization == "kl"), x, strength)
     deviation = (x - base) / strength
     if regularization == "l2":
-        mean = torch.zeros_like(x).scatter_add(-1, group, deviation).gather(-1, group) / size
-        ranks = deviation - mean + total / size
+        ranks = deviation - _sums(deviation, group, group) / size + middle
     else:
         weight = torch.exp(deviation)
-        ranks = total * weight / torch.zeros_like(x).scatter_add(-1, group, weight).gather(-1, group)
+        ranks = size * middle * weight / _sums(weight, group, group)
     return ranks.to(wanted).movedim(-1, dim)
+
+
+def _sums(values: Tensor, group: Tensor, block: Tensor) -> Tensor:
+    """The sums of the values of each group, as each place of a block wants them."""
+    return torch.zeros_like(values).scatter_add(-1, group, values).gather(-1, block)
 
 
 def _log_geometric_sum(count: Tensor, strength: float | Tensor) -> float | Tensor:
@@ -155,7 +163,7 @@ def _log_geometric_sum(count: Tensor, strength: float | Tensor) -> float | Tenso
 
 
 def _blocks(problem: _Pooled, x: Tensor, strength: float | Tensor) -> tuple[Tensor, ...]:
-    operands = [x.detach()] if isinstance(strength, float) else [x.detach(), strength.detach()]
+    operands = [x.detach(), strength.detach()] if isinstance(strength, Tensor) else [x.detach()]
     return ImplicitFunction.apply(problem, x.new_zeros(0), *visible_to_modes(operands))[1:]
 
 
@@ -167,7 +175,7 @@ class _Pooled(BroadcastingProblem):
 
     def __init__(self, batch_ndim: int, strength: float | Tensor, kl: bool, mirrored: bool = False) -> None:
         super().__init__(_nothing, _nothing, LinearMethod(), batch_ndim=batch_ndim)
-        self.core_ndims = (1,) if isinstance(strength, float) else (1, 1)
+        self.core_ndims = (1, 1) if isinstance(strength, Tensor) else (1,)
         self.strength, self.kl, self.mirrored = strength, kl, mirrored
 
     def deeper(self, size: int) -> _Pooled:
@@ -175,64 +183,110 @@ class _Pooled(BroadcastingProblem):
 
     def find(self, x0: Tensor, theta: Sequence[Any]) -> Any:
         x, strength = theta if len(theta) == 2 else (theta[0], self.strength)
-        device, shape = x.device, x.shape
+        shape = x.shape
         if isinstance(strength, Tensor):
             shape = torch.broadcast_shapes(x.shape, strength.shape)
             strength = strength.expand(*shape[:-1], 1).reshape(-1, 1).cpu().numpy()
-        rows = x.expand(shape).reshape(math.prod(shape[:-1]), shape[-1]).cpu().numpy()
+        n = shape[-1]
+        rows = x.expand(shape).reshape(math.prod(shape[:-1]), n).cpu().numpy()
+        found = [torch.empty(rows.shape, dtype=dtype) for dtype in self.dtypes]
+        arrays = [part.numpy() for part in found]
+        count = max(_AT_ONCE // max(n, 1), 1)
+        for begin in range(0, len(rows), count) if n else ():
+            part = slice(begin, begin + count)
+            self.describe(rows[part], strength[part] if isinstance(strength, np.ndarray) else strength, [array[part] for array in arrays])
+        return (x0.clone(), *(part.reshape(shape).to(x.device) for part in found))
+
+    def describe(self, rows: np.ndarray, strength: Any, found: Sequence[np.ndarray]) -> None:
+        """Pool some rows ``(count, n)``, and write down what the formulas need to know of the blocks."""
+        count, n = rows.shape
         rows = -rows if self.mirrored else rows
         order = rows.argsort(1)
-        z = np.take_along_axis(rows, order, 1)
+        order += np.arange(0, rows.size, n)[:, None]
+        order = order.ravel()
+        z = rows.take(order).reshape(count, n)
         with np.errstate(all="ignore"):  # what is not finite is seen at the end
             y, log_weights = self.regression(z, strength)
         broken = ~(np.isfinite(y[:, :1]) & np.isfinite(y[:, -1:]) & (strength > 0))
         if broken.any():
             y, log_weights = np.where(broken, 0, y), np.where(broken, 0, log_weights)
             z = np.where(broken, np.nan, z)
-        first = pool_exponentials(y, log_weights) if self.kl else pool(y)
-        parts = self.described(order, -z if self.mirrored else z, first)
-        return (x0.clone(), *(torch.from_numpy(part).reshape(shape).to(device) for part in parts))
+        ends = pool_exponentials(y, log_weights) if self.kl else pool(y)
+        block = np.zeros(rows.size, dtype=np.intp)
+        block[ends[1:-1]] = 1
+        self.spread(order, -z if self.mirrored else z, ends[:-1], np.diff(ends), np.cumsum(block, out=block), found)
+
+    dtypes: Sequence[torch.dtype]
 
     def regression(self, z: np.ndarray, strength: Any) -> tuple[np.ndarray, np.ndarray]:
         """What is regressed on increasing sequences, up to a factor, for ascending rows; for kl its logarithm, and those of the weights."""
         raise NotImplementedError
 
-    def described(self, order: np.ndarray, z: np.ndarray, first: np.ndarray) -> Sequence[np.ndarray]:
-        """What the formulas need to know of the blocks."""
+    def spread(
+        self, order: np.ndarray, z: np.ndarray, begin: np.ndarray, size: np.ndarray, block: np.ndarray, found: Sequence[np.ndarray]
+    ) -> None:
+        """Write down what the formulas need to know, for each entry and each place.
+
+        Args:
+            order: the entry at each place.
+            z: what is there.
+            begin: the first place of each block.
+            size: how many there are.
+            block: the number of the block at each place.
+            found: ``(count, n)`` each, to be filled.
+        """
         raise NotImplementedError
 
 
 class _Sorted(_Pooled):
+    dtypes = (torch.int64, torch.float64, torch.int64, *(torch.float64,) * 3)
+
     def regression(self, z: np.ndarray, strength: Any) -> tuple[np.ndarray, np.ndarray]:
         place, z = np.arange(z.shape[1]), z - z[:, :1]
         return (place / strength - z, z) if self.kl else (place - strength * z, z)
 
-    def described(self, order: np.ndarray, z: np.ndarray, first: np.ndarray) -> Sequence[np.ndarray]:
-        size = _sizes(first)
-        last = first + size - 1
-        level = np.take_along_axis(z, last, 1)
-        group, base = np.empty_like(first), np.empty_like(z)
-        np.put_along_axis(group, order, first, 1)
-        np.put_along_axis(base, order, level, 1)
-        below = (last - np.arange(first.shape[1])).astype(z.dtype)
+    def spread(
+        self, order: np.ndarray, z: np.ndarray, begin: np.ndarray, size: np.ndarray, block: np.ndarray, found: Sequence[np.ndarray]
+    ) -> None:
+        group, base, *places = found
+        first, level = begin % z.shape[1], z.take(begin + size - 1)
+        _write(_inverse(order, block, z.shape), (first, level), (group, base))
         # Rows were sorted the other way round.
-        return group, base, *(part[:, ::-1].copy() for part in (first, level, size.astype(z.dtype), below))
+        block = block.reshape(z.shape)[:, ::-1].copy()
+        *places, shift = places
+        _write(block, (first, level, size), places)
+        origin = begin + size - 1 if self.kl else begin + (size - 1) / 2
+        sign = -1 if self.mirrored else 1
+        np.subtract(sign * np.arange(z.size).reshape(z.shape)[:, ::-1], (sign * origin).take(block), out=shift)
 
 
 class _Ranked(_Pooled):
+    dtypes = (torch.int64, *(torch.float64,) * 3)
+
     def regression(self, z: np.ndarray, strength: Any) -> tuple[np.ndarray, np.ndarray]:
         rank = np.arange(1.0, z.shape[1] + 1)
         log_rank = np.broadcast_to(np.log(rank), z.shape)
         z = _without_infinities(z, strength * len(rank)) if (np.abs(z[:, [0, -1]]) >= _LARGEST).any() else z - z[:, :1]
         return (z / strength - log_rank, log_rank) if self.kl else (z - strength * rank, log_rank)
 
-    def described(self, order: np.ndarray, z: np.ndarray, first: np.ndarray) -> Sequence[np.ndarray]:
-        size = _sizes(first)
-        total = size * (first + (size + 1) / 2)
-        parts = [np.empty_like(part) for part in (first, z, size, total)]
-        for part, source in zip(parts, (first, np.take_along_axis(z, first + size - 1, 1), size, total), strict=True):
-            np.put_along_axis(part, order, source, 1)
-        return parts
+    def spread(
+        self, order: np.ndarray, z: np.ndarray, begin: np.ndarray, size: np.ndarray, block: np.ndarray, found: Sequence[np.ndarray]
+    ) -> None:
+        first = begin % z.shape[1]
+        _write(_inverse(order, block, z.shape), (first, z.take(begin + size - 1), size, first + (size + 1) / 2), found)
+
+
+def _inverse(order: np.ndarray, block: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """The number of the block of each entry."""
+    inverse = np.empty_like(block)
+    inverse[order] = block
+    return inverse.reshape(shape)
+
+
+def _write(block: np.ndarray, sources: Sequence[np.ndarray], found: Sequence[np.ndarray]) -> None:
+    """What is known of each block, to each of its entries."""
+    for source, part in zip(sources, found, strict=True):
+        np.take(source.astype(part.dtype, copy=False), block, out=part, mode="clip")
 
 
 def _without_infinities(z: np.ndarray, apart: Any) -> np.ndarray:
@@ -243,14 +297,6 @@ def _without_infinities(z: np.ndarray, apart: Any) -> np.ndarray:
     highest = np.where(finite, z, 0).max(1, keepdims=True)
     margin = 2 * (highest + apart)
     return np.clip(z, -margin, highest + margin)
-
-
-def _sizes(first: np.ndarray) -> np.ndarray:
-    """How many entries the block of each one has."""
-    rows, n = first.shape
-    begins = np.flatnonzero(first == np.arange(n))
-    count = np.diff(begins, append=rows * n)
-    return np.repeat(count, count).reshape(rows, n)
 
 
 def _nothing(*_: Any) -> Any:

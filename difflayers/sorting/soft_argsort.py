@@ -1,0 +1,86 @@
+r"""Relaxed permutation matrices: P with the sorted values ≈ x P.
+
+``P[..., i, j]`` is the weight of input i in output j, so the columns of P are weights that sum to one. With the sorted values s, for
+j = 1 … n and in ascending order,
+
+.. math::
+   \text{SoftSort:} \quad & P_{ij} = \operatorname{softmax}_i\bigl(-|x_i - s_j| / τ\bigr), \\
+   \text{NeuralSort:} \quad & P_{ij} = \operatorname{softmax}_i\Bigl(\bigl((2j - n - 1)\, x_i - \sum_l |x_i - x_l|\bigr) / τ\Bigr).
+
+Both are the transposes of the matrices in their papers, which have one output a row. The largest weights of different columns lie in
+different rows (the matrix is *unimodal*), but rows need not sum to one.
+
+References: Prillo and Eisenschlos, SoftSort: a continuous relaxation for the argsort operator, ICML 2020 (arXiv:2006.16038);
+Grover, Wang, Zweig and Ermon, Stochastic optimization of sorting networks via continuous relaxations, ICLR 2019 (arXiv:1903.08850).
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from .arguments import Strength, check_choice, rows_and_strength
+
+__all__ = ["soft_argsort"]
+
+
+def soft_argsort(
+    x: Tensor,
+    *,
+    method: Literal["softsort", "neuralsort"] = "softsort",
+    regularization_strength: Strength = 1.0,
+    dim: int = -1,
+    descending: bool = False,
+) -> Tensor:
+    """A relaxed permutation matrix that sorts x: ``x @ P`` are the soft values, and ``P.argmax(-2)`` is ``x.argsort()``.
+
+    Args:
+        x: ``(*batch, n)``, or n in another place: see ``dim``.
+        method: ``"softsort"`` or ``"neuralsort"``; both cost n² numbers and one softmax.
+        regularization_strength: the temperature τ > 0; a tensor is of shape ``(*batch,)``, and is differentiated, too.
+        dim: what is sorted; it is moved behind the batch dimensions.
+        descending: from the largest to the smallest.
+
+    Returns:
+        ``(*batch, n, n)``: the weight of input i in output j. Columns sum to one; rows need not. A row of x that has a NaN or an infinite
+        entry, or a strength in a tensor that is not positive, gives NaN.
+
+    Raises:
+        ShapeError: x is not a floating tensor of at least one dimension, or the strength has not the shape of its batch.
+        ValueError: the strength is a number that is not positive, or the method is not known.
+
+    References:
+        Prillo and Eisenschlos, ICML 2020; Grover, Wang, Zweig and Ermon, ICLR 2019.
+
+    Example:
+        >>> import torch
+        >>> from difflayers.sorting import soft_argsort
+        >>> x = torch.tensor([3.0, 1.0, 2.5])
+        >>> P = soft_argsort(x, regularization_strength=0.1)
+        >>> P
+        tensor([[0.0000, 0.0067, 0.9933],
+                [1.0000, 0.0000, 0.0000],
+                [0.0000, 0.9933, 0.0067]])
+        >>> x @ P
+        tensor([1.0000, 2.5033, 2.9967])
+    """
+    check_choice(method, "method", ("softsort", "neuralsort"))
+    rows, strength, wanted = rows_and_strength(x, regularization_strength, dim)
+    if isinstance(strength, Tensor):
+        strength = strength.unsqueeze(-1)
+    logits = (_softsort if method == "softsort" else _neuralsort)(rows, descending) / strength
+    return torch.softmax(logits, -2).to(wanted)
+
+
+def _softsort(x: Tensor, descending: bool) -> Tensor:
+    ordered = x.sort(-1, descending=descending).values
+    return -(x.unsqueeze(-1) - ordered.unsqueeze(-2)).abs()
+
+
+def _neuralsort(x: Tensor, descending: bool) -> Tensor:
+    n = x.shape[-1]
+    place = torch.arange(1 - n, n + 1, 2, dtype=x.dtype, device=x.device)
+    distances = (x.unsqueeze(-1) - x.unsqueeze(-2)).abs().sum(-1, keepdim=True)
+    return x.unsqueeze(-1) * (-place if descending else place) - distances
