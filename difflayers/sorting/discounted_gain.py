@@ -4,9 +4,8 @@ r"""Normalized discounted cumulative gain, exact as a metric and by soft ranks a
           \mathrm{DCG}_k(s) = \sum_i g(y_i)\, d_k(r_i), \qquad d_k(r) = \frac{[r \le k]}{\log_2(1 + r)},
 
 with the ranks r of the scores, the largest first, the relevances y ≥ 0, and the gain g(y) = y or 2^y − 1. The metric lets tied scores
-share the discounts of their places. The loss is 1 − NDCG with soft ranks. These lie between the integers, where :math:`d_k` goes on:
-the logarithm as it stands, and the step behind k as a line from k to k + 1. At integers it is the discount, so for small regularization
-the loss is one minus the metric.
+share the discounts of their places. The loss is 1 − NDCG with soft ranks in the logarithm, and with a soft mask of the k largest scores in
+the place of :math:`[r \le k]`. For small regularization it is one minus the metric.
 
 References: Järvelin and Kekäläinen, Cumulated gain-based evaluation of IR techniques, ACM TOIS 20 (2002); McSherry and Najork, Computing
 information retrieval performance measures efficiently in the presence of tied scores, ECIR 2008; Qin, Liu and Li, A general
@@ -25,6 +24,7 @@ from ..convex.projections.arguments import check_rows as check_scores
 from .arguments import Strength, check_choice
 from .loss_arguments import Reduction, check_count, check_mask, check_rows, floating, reduced
 from .ranks import Regularization, places, soft_rank_masked
+from .soft_topk import soft_topk
 
 __all__ = ["NDCGLoss", "ndcg", "ndcg_loss"]
 
@@ -84,8 +84,8 @@ def ndcg_loss(
 ) -> Tensor:
     """1 − NDCG of each row, with the discounts at the soft ranks of the scores.
 
-    An item whose soft rank is beyond k + 1 has no gradient of its own. If that starves the training, take a larger strength, or leave k
-    out here and truncate in the metric only. A row without a relevant item has nothing to teach: its loss is 1, its gradient zero.
+    A row without a relevant item has nothing to teach: its loss is 1, its gradient zero. With a small strength the ranks no longer
+    move with the scores, and all gradients are zero. So are, with k, those of an item far behind the first k.
 
     Args:
         scores: ``(*batch, n)``, floating; the largest comes first.
@@ -117,7 +117,11 @@ def ndcg_loss(
     check_mask(mask, scores, "scores")
     gain, ideal = _gains(relevance, k, gains, mask)
     ranks = soft_rank_masked(scores, mask, regularization=regularization, regularization_strength=regularization_strength, descending=True)
-    value = ((gain.to(scores.dtype) * _discount(ranks, k)).sum(-1)) / ideal.to(scores.dtype)
+    discount = _discount(ranks, None)
+    if k is not None and k < scores.shape[-1]:
+        behind = scores if mask is None else torch.where(mask, scores, -torch.inf)
+        discount = discount * soft_topk(behind, k, regularization_strength=regularization_strength)
+    value = (gain.to(scores.dtype) * discount).sum(-1) / ideal.to(scores.dtype)
     return reduced(1 - value, reduction)
 
 
@@ -199,4 +203,4 @@ def _ranks(x: Tensor) -> Tensor:
 
 def _discount(ranks: Tensor, k: int | None) -> Tensor:
     discount = 1 / torch.log2(1 + ranks)
-    return discount if k is None else discount * (k + 1 - ranks).clamp(0, 1)
+    return discount if k is None else discount * (ranks <= k)

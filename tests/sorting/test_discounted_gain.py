@@ -84,6 +84,13 @@ def test_descent_sorts_by_relevance() -> None:
     assert torch.equal(scores.argsort(), relevance.argsort())
 
 
+def test_truncation_does_not_starve_equal_scores() -> None:
+    scores = torch.zeros(10, dtype=torch.float64, requires_grad=True)
+    relevance = torch.arange(10)
+    (gradient,) = torch.autograd.grad(ndcg_loss(scores, relevance, k=2), scores)
+    assert torch.equal(gradient.argsort(descending=True), relevance)
+
+
 def test_a_mask_is_a_shorter_row() -> None:
     scores, relevance = rows(6, seed=4), relevances(6, seed=5).double()
     mask = torch.tensor([True, False, True, True, True, False])
