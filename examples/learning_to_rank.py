@@ -84,8 +84,8 @@ def found_clinics(generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor, T
 # ---------------------------------
 # The model is always the same, ten weights. The squared error meets the records as they are, standardized in each clinic, or replaced by
 # their ranks there. RankNet (Burges et al. 2005) asks every pair of patients of a clinic who is worse: a logistic regression on
-# differences of scores, and a strong baseline, at the cost of :math:`n^2` pairs. Then the rank correlation, by soft ranks, at the cost of sorting.
-# Last comes what can't be had in practice: the squared error of the true progression, on one scale.
+# differences of scores, and a strong baseline, at the cost of :math:`n^2` pairs. Then the rank correlation, by soft ranks, at the cost
+# of sorting. Last comes what can't be had in practice: the squared error of the true progression, on one scale.
 
 
 def squared_error(target: Tensor) -> Callable[[Tensor], Tensor]:
@@ -163,10 +163,10 @@ for name, values in table.items():
 # %%
 # What the clinics taught
 # -----------------------
-# Two things are bought by training on the order. The ranking gets better than any squared error makes it, close to what the true scale
-# would give. And it gets reliable: the squared error of the raw records depends on the clinic that happens to write the largest numbers.
-# RankNet, which sees the order, too, ranks as well as the Spearman loss, and is better among the first ten: there a correlation has no
-# special interest.
+# The whole list gets into better order than by any squared error, close to what the true scale would give, and reliably so: the squared
+# error of the raw records depends on the clinic that happens to write the largest numbers. RankNet, which sees the order, too, ranks as
+# well as the Spearman loss. Among the first ten it is ahead, and the Spearman loss has no advantage there at all: a correlation
+# of the whole list takes no special interest in its top.
 
 figure, axes = plt.subplots(1, 3, figsize=(15, 4.4), layout="constrained", width_ratios=(1, 1, 1.3))
 colours = dict(zip(table, ("0.6", "tab:orange", "tab:brown", "tab:blue", "tab:red", "0.2"), strict=True))

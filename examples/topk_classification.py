@@ -142,9 +142,9 @@ for noise, (noisy, true) in curves.items():
 # %%
 # Learned, then spoiled
 # ---------------------
-# With right labels there is little to choose in between, except that a loss that asks only for the first three does not care which of
-# them comes first. With wrong ones every network gets worse from some point on, when it begins to learn the mistakes. The mixture begins
-# later and forgets less. Stopping in time is worth more than any of the losses; and stopped in time, too, the mixture is ahead in all places.
+# With right labels there is little to choose between the losses, except that one that asks only for the first three does not care which
+# of them comes first. With wrong ones every network gets worse from some point on, when it begins to learn the mistakes. The mixture
+# begins later and learns fewer. Stopping in time is worth more than any of the losses; and stopped in time, too, the mixture is ahead.
 
 figure, axes = plt.subplots(1, 1 + len(curves), figsize=(5 * (1 + len(curves)), 4.2), layout="constrained")
 colours = dict(zip(LOSSES, ("0.35", "tab:blue", "tab:orange", "tab:red"), strict=True))
