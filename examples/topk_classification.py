@@ -156,7 +156,7 @@ for panel, (noise, (_, true)) in zip(axes, curves.items(), strict=False):
     panel.set(
         title=f"{100 * noise:.0f} % of the labels random",
         xlabel="training steps",
-        ylabel="right class in the first place, % of digits held out",
+        ylabel="top-1 accuracy on digits held out, %",
     )
 axes[0].legend(frameon=False, fontsize=9, loc="lower right")
 
