@@ -8,7 +8,7 @@ j = 1 … n and in ascending order,
    \text{NeuralSort:} \quad & P_{ij} = \operatorname{softmax}_i\Bigl(\bigl((2j - n - 1)\, x_i - \sum_l |x_i - x_l|\bigr) / τ\Bigr).
 
 Both are the transposes of the matrices in their papers, which have one output a row. The largest weights of different columns lie in
-different rows (the matrix is *unimodal*), but rows need not sum to one.
+different rows (the matrix is *unimodal*), but rows need not sum to one. Those of a sorting network do, which multiplies relaxed swaps.
 
 References: Prillo and Eisenschlos, SoftSort: a continuous relaxation for the argsort operator, ICML 2020 (arXiv:2006.16038);
 Grover, Wang, Zweig and Ermon, Stochastic optimization of sorting networks via continuous relaxations, ICLR 2019 (arXiv:1903.08850).
@@ -16,12 +16,14 @@ Grover, Wang, Zweig and Ermon, Stochastic optimization of sorting networks via c
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from ..errors import ShapeError
 from .arguments import Strength, check_choice, rows_and_strength
+from .network import SortingNetwork
 
 __all__ = ["soft_argsort"]
 
@@ -29,26 +31,32 @@ __all__ = ["soft_argsort"]
 def soft_argsort(
     x: Tensor,
     *,
-    method: Literal["softsort", "neuralsort"] = "softsort",
+    method: Literal["softsort", "neuralsort", "network"] = "softsort",
     regularization_strength: Strength = 1.0,
     dim: int = -1,
     descending: bool = False,
+    **options: Any,
 ) -> Tensor:
-    """A relaxed permutation matrix that sorts x: ``x @ P`` are the soft values, and ``P.argmax(-2)`` is ``x.argsort()``.
+    """A relaxed permutation matrix that sorts x: ``x @ P`` are the soft values, which are not promised to be in order.
+
+    With ``"softsort"`` and ``"neuralsort"``, ``P.argmax(-2)`` is ``x.argsort()``, whatever the temperature.
 
     Args:
         x: ``(*batch, n)``, or n in another place: see ``dim``.
-        method: ``"softsort"`` or ``"neuralsort"``; both cost n² numbers and one softmax.
-        regularization_strength: the temperature τ > 0; a tensor is of shape ``(*batch,)``, and is differentiated, too.
+        method: ``"softsort"`` or ``"neuralsort"``, n² numbers and one softmax; or ``"network"``, a :class:`SortingNetwork`.
+        regularization_strength: the temperature τ > 0; a tensor is of shape ``(*batch,)``, and is differentiated, too. For a network it
+            is a number, one over the steepness.
         dim: what is sorted; it is moved behind the batch dimensions.
         descending: from the largest to the smallest.
+        **options: of the network: ``network``, ``distribution``, ``art_lambda``, or ``steepness`` in the place of the strength.
 
     Returns:
-        ``(*batch, n, n)``: the weight of input i in output j. Columns sum to one; rows need not. A row of x that has a NaN or an infinite
-        entry, or a strength in a tensor that is not positive, gives NaN.
+        ``(*batch, n, n)``: the weight of input i in output j. Columns sum to one; rows need not, but for a network. A row of x that has a
+        NaN or an infinite entry, or a strength in a tensor that is not positive, gives NaN.
 
     Raises:
         ShapeError: x is not a floating tensor of at least one dimension, or the strength has not the shape of its batch.
+        TypeError: the method has no such option.
         ValueError: the strength is a number that is not positive, or the method is not known.
 
     References:
@@ -66,12 +74,26 @@ def soft_argsort(
         >>> x @ P
         tensor([1.0000, 2.5033, 2.9967])
     """
-    check_choice(method, "method", ("softsort", "neuralsort"))
+    check_choice(method, "method", ("softsort", "neuralsort", "network"))
     rows, strength, wanted = rows_and_strength(x, regularization_strength, dim)
+    if method == "network":
+        return _network(rows.to(wanted), strength, descending, options)
+    if options:
+        raise TypeError(f"method {method!r} has no options, got {', '.join(options)}")
     if isinstance(strength, Tensor):
         strength = strength.unsqueeze(-1)
     logits = (_softsort if method == "softsort" else _neuralsort)(rows, descending) / strength
     return torch.softmax(logits, -2).to(wanted)
+
+
+def _network(x: Tensor, strength: Strength, descending: bool, options: dict[str, Any]) -> Tensor:
+    if isinstance(strength, Tensor):
+        raise ShapeError("regularization_strength must be a number for the method 'network'; divide x by the tensor instead")
+    n = x.shape[-1]
+    if n == 0:
+        return x.new_zeros(*x.shape, n)
+    settings: dict[str, Any] = {"steepness": 1 / strength, **options}
+    return SortingNetwork(n, descending=descending, **settings).sort(x).permutation
 
 
 def _softsort(x: Tensor, descending: bool) -> Tensor:

@@ -30,6 +30,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from ..convex.projections.pooling import pool, pool_exponentials
 from ..implicit.broadcasting import BroadcastingProblem
@@ -42,7 +43,7 @@ from .arguments import Strength, check_choice, rows_and_strength
 __all__ = ["soft_rank", "soft_sort"]
 
 _LARGEST = 1e300  # what an infinite entry is counted as
-_AT_ONCE = 16384  # entries that are pooled together, so that what is made on the way stays in the cache
+_AT_ONCE = 8192  # entries that are pooled together, so that what is made on the way stays in the cache
 
 
 @eager
@@ -86,13 +87,14 @@ def soft_sort(
     """
     check_choice(regularization, "regularization", ("l2", "kl"))
     x, strength, wanted = rows_and_strength(x, regularization_strength, dim)
-    group, base, block, level, size, shift = _blocks(_Sorted(x.dim() - 1, strength, regularization == "kl", not descending), x, strength)
+    group, base, block, level, size, *shift = _blocks(_Sorted(x.dim() - 1, strength, regularization == "kl", not descending), x, strength)
     sign = 1 if descending else -1
     if regularization == "l2":
-        values = level + _sums(x - base, group, block) / size
+        values = torch.addcdiv(level, _sums(x - base, group, block), size)
     else:
         values = level + sign * (_sums(torch.exp(sign * (x - base)), group, block).log() - _log_geometric_sum(size, strength))
-    values = values + shift / strength if isinstance(strength, Tensor) else values.add(shift, alpha=1 / strength)
+    if shift:
+        values = values + shift[0] / strength
     return values.to(wanted).movedim(-1, dim)
 
 
@@ -152,7 +154,7 @@ def soft_rank(
 
 def _sums(values: Tensor, group: Tensor, block: Tensor) -> Tensor:
     """The sums of the values of each group, as each place of a block wants them."""
-    return torch.zeros_like(values).scatter_add(-1, group, values).gather(-1, block)
+    return torch.zeros_like(values).scatter_add_(-1, group, values).gather(-1, block)
 
 
 def _log_geometric_sum(count: Tensor, strength: float | Tensor) -> float | Tensor:
@@ -164,6 +166,9 @@ def _log_geometric_sum(count: Tensor, strength: float | Tensor) -> float | Tenso
 
 def _blocks(problem: _Pooled, x: Tensor, strength: float | Tensor) -> tuple[Tensor, ...]:
     operands = [x.detach(), strength.detach()] if isinstance(strength, Tensor) else [x.detach()]
+    modes = torch._C._len_torch_function_stack() or torch._C._functorch.peek_interpreter_stack() is not None
+    if not modes and forward_ad._current_level < 0 and not any(map(torch._C._functorch.is_legacy_batchedtensor, operands)):
+        return problem.find(x.new_zeros(0), operands)[1:]  # nothing to see through: a Function costs as much as a row
     return ImplicitFunction.apply(problem, x.new_zeros(0), *visible_to_modes(operands))[1:]
 
 
@@ -189,7 +194,7 @@ class _Pooled(BroadcastingProblem):
             strength = strength.expand(*shape[:-1], 1).reshape(-1, 1).cpu().numpy()
         n = shape[-1]
         rows = x.expand(shape).reshape(math.prod(shape[:-1]), n).cpu().numpy()
-        found = [torch.empty(rows.shape, dtype=dtype) for dtype in self.dtypes]
+        found = [torch.empty(rows.shape, dtype=dtype) for dtype in self.dtypes()]
         arrays = [part.numpy() for part in found]
         count = max(_AT_ONCE // max(n, 1), 1)
         for begin in range(0, len(rows), count) if n else ():
@@ -214,22 +219,25 @@ class _Pooled(BroadcastingProblem):
         ends = pool_exponentials(y, log_weights) if self.kl else pool(y)
         block = np.zeros(rows.size, dtype=np.intp)
         block[ends[1:-1]] = 1
-        self.spread(order, -z if self.mirrored else z, ends[:-1], np.diff(ends), np.cumsum(block, out=block), found)
+        self.spread(order, -z if self.mirrored else z, strength, ends[:-1], np.diff(ends), np.cumsum(block, out=block), found)
 
-    dtypes: Sequence[torch.dtype]
+    def dtypes(self) -> Sequence[torch.dtype]:
+        """Those of what :meth:`spread` writes."""
+        raise NotImplementedError
 
     def regression(self, z: np.ndarray, strength: Any) -> tuple[np.ndarray, np.ndarray]:
         """What is regressed on increasing sequences, up to a factor, for ascending rows; for kl its logarithm, and those of the weights."""
         raise NotImplementedError
 
     def spread(
-        self, order: np.ndarray, z: np.ndarray, begin: np.ndarray, size: np.ndarray, block: np.ndarray, found: Sequence[np.ndarray]
+        self, order: np.ndarray, z: np.ndarray, strength: Any, begin: np.ndarray, size: np.ndarray, block: np.ndarray, found: Sequence[Any]
     ) -> None:
         """Write down what the formulas need to know, for each entry and each place.
 
         Args:
             order: the entry at each place.
             z: what is there.
+            strength: a number, or one for each row.
             begin: the first place of each block.
             size: how many there are.
             block: the number of the block at each place.
@@ -239,29 +247,36 @@ class _Pooled(BroadcastingProblem):
 
 
 class _Sorted(_Pooled):
-    dtypes = (torch.int64, torch.float64, torch.int64, *(torch.float64,) * 3)
+    def dtypes(self) -> Sequence[torch.dtype]:
+        shift = [torch.float64] if isinstance(self.strength, Tensor) else []
+        return (torch.int64, torch.float64, torch.int64, torch.float64, torch.float64, *shift)
 
     def regression(self, z: np.ndarray, strength: Any) -> tuple[np.ndarray, np.ndarray]:
         place, z = np.arange(z.shape[1]), z - z[:, :1]
         return (place / strength - z, z) if self.kl else (place - strength * z, z)
 
     def spread(
-        self, order: np.ndarray, z: np.ndarray, begin: np.ndarray, size: np.ndarray, block: np.ndarray, found: Sequence[np.ndarray]
+        self, order: np.ndarray, z: np.ndarray, strength: Any, begin: np.ndarray, size: np.ndarray, block: np.ndarray, found: Sequence[Any]
     ) -> None:
         group, base, *places = found
         first, level = begin % z.shape[1], z.take(begin + size - 1)
         _write(_inverse(order, block, z.shape), (first, level), (group, base))
+        shift = np.arange(z.size, dtype=z.dtype)
+        shift -= (begin + size - 1.0 if self.kl else begin + (size - 1) / 2).take(block)
+        shift = (-shift if self.mirrored else shift).reshape(z.shape)
+        values = level.take(block).reshape(z.shape)
+        if isinstance(self.strength, Tensor):
+            places.pop()[:] = shift[:, ::-1]
+        else:
+            values += shift / strength
         # Rows were sorted the other way round.
-        block = block.reshape(z.shape)[:, ::-1].copy()
-        *places, shift = places
-        _write(block, (first, level, size), places)
-        origin = begin + size - 1 if self.kl else begin + (size - 1) / 2
-        sign = -1 if self.mirrored else 1
-        np.subtract(sign * np.arange(z.size).reshape(z.shape)[:, ::-1], (sign * origin).take(block), out=shift)
+        for part, source in zip(places, (first.take(block), values, size.take(block)), strict=True):
+            part[:] = source.reshape(z.shape)[:, ::-1]
 
 
 class _Ranked(_Pooled):
-    dtypes = (torch.int64, *(torch.float64,) * 3)
+    def dtypes(self) -> Sequence[torch.dtype]:
+        return (torch.int64, torch.float64, torch.float64, torch.float64)
 
     def regression(self, z: np.ndarray, strength: Any) -> tuple[np.ndarray, np.ndarray]:
         rank = np.arange(1.0, z.shape[1] + 1)
@@ -270,7 +285,7 @@ class _Ranked(_Pooled):
         return (z / strength - log_rank, log_rank) if self.kl else (z - strength * rank, log_rank)
 
     def spread(
-        self, order: np.ndarray, z: np.ndarray, begin: np.ndarray, size: np.ndarray, block: np.ndarray, found: Sequence[np.ndarray]
+        self, order: np.ndarray, z: np.ndarray, strength: Any, begin: np.ndarray, size: np.ndarray, block: np.ndarray, found: Sequence[Any]
     ) -> None:
         first = begin % z.shape[1]
         _write(_inverse(order, block, z.shape), (first, z.take(begin + size - 1), size, first + (size + 1) / 2), found)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from difflayers.errors import ShapeError
-from difflayers.sorting import soft_argsort
+from difflayers.sorting import SortingNetwork, soft_argsort
 
 CLOSED = ["softsort", "neuralsort"]
 each = pytest.mark.parametrize("method", CLOSED)
@@ -64,6 +64,22 @@ def test_shapes_strengths_and_precision(method: str) -> None:
     assert soft_argsort(torch.tensor([5.0]), method=method).tolist() == [[1.0]]
 
 
+@pytest.mark.parametrize("descending", [False, True])
+def test_a_network_is_its_permutation(descending: bool) -> None:
+    x = rows(2, 3, 5)
+    for options in ({}, {"network": "odd_even", "distribution": "logistic"}):
+        layer = SortingNetwork(5, steepness=4.0, descending=descending, **options)
+        found = soft_argsort(x, method="network", regularization_strength=0.25, descending=descending, **options)
+        torch.testing.assert_close(found, layer.sort(x).permutation, rtol=0, atol=0)
+        assert torch.equal(soft_argsort(x, method="network", steepness=4.0, descending=descending, **options), found)
+        torch.testing.assert_close(found.sum(-1), torch.ones_like(x))
+        torch.testing.assert_close(found.sum(-2), torch.ones_like(x))
+    assert soft_argsort(x.float().mT, method="network", dim=-2).dtype == torch.float32
+    assert soft_argsort(torch.zeros(2, 0), method="network").shape == (2, 0, 0)
+    with pytest.raises(ShapeError, match="number"):
+        soft_argsort(x, method="network", regularization_strength=torch.tensor(1.0, dtype=torch.float64))
+
+
 @each
 def test_what_is_not_finite(method: str) -> None:
     x = rows(3, 4)
@@ -79,6 +95,8 @@ def test_what_is_not_finite(method: str) -> None:
 def test_what_is_refused() -> None:
     with pytest.raises(ValueError, match="bubble"):
         soft_argsort(torch.zeros(3), method="bubble")  # ty: ignore[invalid-argument-type]
+    with pytest.raises(TypeError, match="steepness"):
+        soft_argsort(torch.zeros(3), steepness=2.0)
     with pytest.raises(ShapeError, match="int64"):
         soft_argsort(torch.arange(3))
     with pytest.raises(ValueError, match="positive"):
