@@ -44,7 +44,7 @@ def soft_argsort(
     descending: bool = False,
     **options: Any,
 ) -> Tensor:
-    """A relaxed permutation matrix that sorts x: ``x @ P`` are the soft values, which are not promised to be in order.
+    """A relaxed permutation matrix that sorts x: ``x @ P`` are the soft values, in order but for a network's.
 
     With ``"softsort"`` and ``"neuralsort"``, ``P.argmax(-2)`` is ``x.argsort()``, whatever the temperature.
 
