@@ -29,6 +29,8 @@ LINES = {
         "global optimum, grid {} {} {} {}",
         "global optimum, gradient {} {} {} {}",
     ],
+    "relaxations": ["optimal largest error 0.0625 / s, least slope {}", "logistic from -3.0 to {} in 20 steps"],
+    "sorting_supervision": ["logistic, odd_even 20 {} {} {}", "cauchy, odd_even 20 {} {} {}", "NeuralSort {} {} {} {}", "ranks 1 {} {} {}"],
     "jacobian_descent": ["average {} {} {} × {} × {} {} {} %", "UPGrad {} {} {} × {} × {} {} {} %"],
 }
 OPTIONS = {name: ["--seeds", "1"] for name in ("quickstart", "decision_focused", "mpc_learned_cost")}
@@ -37,7 +39,7 @@ OPTIONS = {name: ["--seeds", "1"] for name in ("quickstart", "decision_focused",
 @pytest.mark.slow
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
 def test_example_runs_in_short_mode(example: Path, tmp_path: Path) -> None:
-    for package in ("matplotlib", "skfolio", "skimage", "sklearn"):
+    for package in ("matplotlib", "mlxtend", "skfolio", "skimage", "sklearn"):
         pytest.importorskip(package)
     script = Path(shutil.copy(example, tmp_path))  # figures are written beside the script: here, not over those of a full run
     environment = os.environ | {
@@ -57,5 +59,7 @@ def test_example_runs_in_short_mode(example: Path, tmp_path: Path) -> None:
         pattern = r"\s+".join(r"[-+]?\d+\.\d+" if word == "{}" else re.escape(word) for word in line.split())
         assert re.search(pattern, result.stdout), f"{line!r} is not in\n{result.stdout}"
     figures = list((tmp_path / "figures").glob("*.png"))
-    assert [figure.stem for figure in figures] == [example.stem]
-    assert figures[0].stat().st_size > 20_000
+    assert figures
+    for figure in figures:
+        assert figure.stem.startswith(example.stem)
+        assert figure.stat().st_size > 10_000
