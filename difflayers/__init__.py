@@ -17,6 +17,7 @@ tensor([[ 0.5000, -0.5000,  0.0000]])
 ======================= ===========================================================================
 ``difflayers.convex``   quadratic programs: :class:`QPLayer`, ``solve_qp``; conic programs: ``solve_cone``; problems
                         written in CVXPY: :class:`CvxpyLayer`; ``projections`` on convex sets: :class:`Projection`
+``difflayers.sorting``  sorting, ranking and top-k that gradients pass through: :class:`SortingNetwork`
 ``difflayers.implicit`` the core: ``implicit_root``, ``implicit_fixed_point``, ``custom_root``,
                         ``linear_solve``, ``conditions``
 ``difflayers.solvers``  how a solution is found: batched loops that stop element by element
@@ -24,10 +25,24 @@ tensor([[ 0.5000, -0.5000,  0.0000]])
 ======================= ===========================================================================
 """
 
-from . import convex, errors, implicit, solvers
+from . import convex, errors, implicit, solvers, sorting
 from .convex import CvxpyLayer, Projection, QPLayer
 from .solution import Solution, Status
+from .sorting import SortingNetwork
 
 __version__ = "0.1.0"
 
-__all__ = ["CvxpyLayer", "Projection", "QPLayer", "Solution", "Status", "__version__", "convex", "errors", "implicit", "solvers"]
+__all__ = [
+    "CvxpyLayer",
+    "Projection",
+    "QPLayer",
+    "Solution",
+    "SortingNetwork",
+    "Status",
+    "__version__",
+    "convex",
+    "errors",
+    "implicit",
+    "solvers",
+    "sorting",
+]

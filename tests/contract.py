@@ -33,8 +33,8 @@ def _leaves(inputs: Inputs) -> list[Tensor]:
 
 
 def _weights(x: Tensor) -> Tensor:
-    """Fixed weights that tell the entries of ``x`` apart."""
-    return torch.linspace(0.6, 1.7, x.numel(), dtype=x.dtype).reshape(x.shape)
+    """Fixed weights that tell the entries of ``x`` apart; not linear, since that would be constant on doubly stochastic matrices."""
+    return torch.linspace(0.6, 1.7, x.numel(), dtype=x.dtype).square().reshape(x.shape)
 
 
 def _loss(call: Function) -> Function:

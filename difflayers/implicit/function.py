@@ -31,7 +31,7 @@ from ..solution import OnFailure, Solution, Status, report_failures
 from ..solvers.linearize import block_jacobian, jvp, vjp, without_saved_tensor_hooks
 from .methods import LinearMethod
 
-__all__ = ["ImplicitFunction", "Linearized", "Problem", "check_residual", "nan_where_failed", "solve_implicitly"]
+__all__ = ["ImplicitFunction", "Linearized", "Problem", "check_residual", "is_followed", "nan_where_failed", "solve_implicitly"]
 
 Find = Callable[[Callable[[Tensor], Tensor], Tensor, int], Solution]
 
@@ -47,6 +47,11 @@ def solve_implicitly(problem: Problem | Linearized, x0: Tensor, theta: Sequence[
     found = Solution(*ImplicitFunction.apply(problem, x0.detach(), *theta)[:4])
     # The Function keeps its output for the derivatives; the caller's copy may be modified in place.
     return found._replace(x=found.x.clone())
+
+
+def is_followed() -> bool:
+    """Whether autograd, forward mode or a transform may follow what is computed here; if none does, it may be done in place."""
+    return torch.is_grad_enabled() or forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def check_residual(residual: Tensor, x: Tensor, of: str = "the residual", like: str = "x") -> None:
@@ -363,8 +368,7 @@ def _apply(problem: Linearized, *operands: Any) -> tuple[Tensor, ...]:
     """
     batched = [isinstance(leaf, Tensor) and torch._C._functorch.is_legacy_batchedtensor(leaf) for leaf in operands]
     if not any(batched):
-        recorded = torch.is_grad_enabled() or forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None
-        return (ImplicitFunction.apply if recorded else ImplicitFunction.forward)(problem, *operands)
+        return (ImplicitFunction.apply if is_followed() else ImplicitFunction.forward)(problem, *operands)
     level = torch._C._vmapmode_increment_nesting() - 1
     torch._C._vmapmode_decrement_nesting()
     plain = [torch._remove_batch_dim(leaf, level, 0, 0) if yes else leaf for leaf, yes in zip(operands, batched, strict=True)]
