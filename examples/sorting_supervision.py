@@ -17,6 +17,7 @@ import argparse
 import os
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -84,9 +85,9 @@ class Reader(nn.Module):
 # SoftSort, which need no network. The loss is the same for all of them, the cross-entropy of its entries. Two more have no layer:
 # logistic regression on all the pairs (which of the two is larger?), and least squares on the ranks.
 #
-# Each has one number that says how sharp it is: a steepness, or a temperature. Each was chosen from two to five values, a factor of three or
-# four apart, by training on 3200 of the training digits and looking at the other 800; the learning rate was chosen in the same way, and is
-# the same for all. The choice is coarse: the scale of the scores is learned, so they are nearly as good with a neighbouring value.
+# Each has one number that says how sharp it is: a steepness, or a temperature. It was chosen from two to five values, a factor of three or
+# four apart, by training on 3200 of the training digits and looking at the other 800. The learning rate was chosen in the same way, and
+# is the same for all. The choice is coarse: the scale of the scores is learned, so a neighbouring value is nearly as good.
 
 DISTRIBUTIONS = ("logistic", "logistic_phi", "gaussian", "cauchy", "reciprocal", "optimal")
 SHARPNESS = {  # for n = 5, for n = 16
@@ -103,37 +104,28 @@ SHARPNESS = {  # for n = 5, for n = 16
 }
 
 
+def pairs_loss(scores: Tensor, values: Tensor) -> Tensor:
+    larger = values[..., :, None] > values[..., None, :]
+    return softplus(scores[..., None, :] - scores[..., :, None])[larger].mean()
+
+
+def ranks_loss(scores: Tensor, values: Tensor) -> Tensor:
+    ranks = values.argsort(-1).argsort(-1).float()
+    return mse_loss(scores, ranks / (values.shape[-1] - 1) - 0.5)
+
+
 def loss_of(method: str, n: int) -> Callable[[Tensor, Tensor], Tensor]:
-    """What maps scores ``(batch, n)`` and values ``(batch, n)``, of which it uses the order, to a number."""
+    """A function of scores ``(batch, n)`` and values ``(batch, n)``, which looks at nothing but the order of the values."""
     name, _, network = method.partition(", ")
     sharpness = SHARPNESS[name][n > 10]
+    if name in ("pairs", "ranks"):
+        loss = {"pairs": pairs_loss, "ranks": ranks_loss}[name]
+        return lambda scores, values: loss(sharpness * scores, values)
     if name in DISTRIBUTIONS:
         layer = SortingNetwork(n, network, name, steepness=sharpness)
         return lambda scores, values: permutation_cross_entropy(layer.sort(scores).permutation, values)
-    if name in ("NeuralSort", "SoftSort"):
-
-        def relaxed(scores: Tensor) -> Tensor:
-            return soft_argsort(scores, method=name.lower(), regularization_strength=sharpness)
-
-        return lambda scores, values: permutation_cross_entropy(relaxed(scores), values)
-    return {"pairs": pairs_loss, "ranks": ranks_loss}[name](sharpness)
-
-
-def pairs_loss(scale: float) -> Callable[[Tensor, Tensor], Tensor]:
-    def loss(scores: Tensor, values: Tensor) -> Tensor:
-        differences = scores[..., :, None] - scores[..., None, :]
-        larger = values[..., :, None] > values[..., None, :]
-        return softplus(-scale * differences[larger]).mean()
-
-    return loss
-
-
-def ranks_loss(scale: float) -> Callable[[Tensor, Tensor], Tensor]:
-    def loss(scores: Tensor, values: Tensor) -> Tensor:
-        ranks = values.argsort(-1).argsort(-1).float() / (values.shape[-1] - 1)
-        return mse_loss(scale * scores, ranks - 0.5)
-
-    return loss
+    relaxed = partial(soft_argsort, method=name.lower(), regularization_strength=sharpness)
+    return lambda scores, values: permutation_cross_entropy(relaxed(scores), values)
 
 
 # %%
