@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from benchmarks import cones, core, maros_meszaros, projections, qp, sorting, sparse_qp
+from benchmarks import cones, core, maros_meszaros, projections, qp, soft_sort, sorting, sparse_qp
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
@@ -17,3 +17,4 @@ if __name__ == "__main__":
     core.main(short=short)
     projections.main(short=short)
     sorting.main(short=short)
+    soft_sort.main(short=short)
