@@ -22,6 +22,8 @@ LINES = {
     "sudoku_optnet": ["large perceptron 328768 {} {} {} {}", "learned rules 2625 {} {} {} {}", "{} before training, {} learned"],
     "decision_focused": ["squared error {} {} {} {} %", "end to end {} {} {} {} %", "oracle {} {} {} {} %"],
     "mpc_learned_cost": ["large network 1249 {} % {} % {} {} % {} % {}", "learned controller 21 {} % {} % {} {} % {} % {}"],
+    "learning_to_rank": ["squared error {} ± {} {} ± {}", "RankNet {} ± {} {} ± {}", "Spearman loss {} ± {} {} ± {}"],
+    "topk_classification": ["cross-entropy" + 6 * " {} ± {}", "top 1 and top 5" + 6 * " {} ± {}"],
     "relu_convex": [
         "9902 patterns of at most 9902; 9902 - 19800 + 9900 = 2",
         "d optimal value / d beta {} penalty {}",
@@ -33,7 +35,8 @@ LINES = {
     "sorting_supervision": ["logistic, odd_even 20 {} {} {}", "cauchy, odd_even 20 {} {} {}", "NeuralSort {} {} {} {}", "ranks 1 {} {} {}"],
     "jacobian_descent": ["average {} {} {} × {} × {} {} {} %", "UPGrad {} {} {} × {} × {} {} {} %"],
 }
-OPTIONS = {name: ["--seeds", "1"] for name in ("quickstart", "decision_focused", "mpc_learned_cost")}
+SEEDED = ("quickstart", "decision_focused", "learning_to_rank", "mpc_learned_cost", "topk_classification")
+OPTIONS = {name: ["--seeds", "1"] for name in SEEDED}
 
 
 @pytest.mark.slow
