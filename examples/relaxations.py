@@ -79,7 +79,7 @@ figure.savefig(here / "figures" / "relaxations_swap.png", dpi=150)
 # derivative is negative, and gradient descent moves x the wrong way.
 
 figure, axes = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
-far = torch.linspace(-1000, 1000, 400_001, dtype=torch.float64)
+far = torch.logspace(-2, 4, 2001, dtype=torch.float64)
 for distribution in COLOURS:
     point = x.clone().requires_grad_()
     smaller, _, _ = swap(point, distribution)
@@ -122,7 +122,7 @@ for distribution in tqdm(COLOURS, desc="learning"):
 axes[0].set(title="gradient descent on (larger of 0 and x − 1)², s = 1", xlabel="step", ylabel="x", xscale="log")
 axes[0].legend(frameon=False, fontsize=9, loc="upper left")
 
-inputs = torch.randn(256, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+inputs = torch.randn(128, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 steepnesses = torch.logspace(-1, 2, 13).tolist()
 for distribution in COLOURS:
     shares = []
