@@ -133,6 +133,10 @@ def loss_of(method: str, n: int) -> Callable[[Tensor, Tensor], Tensor]:
 # --------------------
 # All methods see the same numbers in the same order and start from the same network. *Exact* is the share of test sequences whose order is
 # all right, *elements* the share of numbers in their place.
+#
+# With another seed every row changes by two to four points, so what is closer together than that is equal. At n = 5 nearly everything is,
+# the pairs included: to learn scores that follow a known order, no layer is needed. Only least squares on the ranks is clearly behind.
+# At n = 16 (``--full``) SoftSort, NeuralSort and the better networks come out ahead of the pairs.
 
 
 def train(method: str, n: int, available: Tensor, seed: int) -> Reader:
@@ -211,7 +215,7 @@ for seed_scores in results[n]:
 axes[0].axvline(means[-2:, 0].max(), color="black", linewidth=0.7, linestyle="--")
 axes[0].set(title=f"n = {n}: per cent right (dots: seeds)", yticks=rows, yticklabels=methods, xlim=(0, 100))
 axes[0].invert_yaxis()
-axes[0].legend(frameon=False, fontsize=9, loc="lower right")
+axes[0].legend(frameon=False, fontsize=9, loc="upper center", bbox_to_anchor=(0.5, -0.06), ncols=2)
 axes[1].imshow(stacked(images[SHOWN]), cmap="gray_r", aspect="auto")
 axes[1].set(title="as given", ylabel="unseen images")
 axes[2].imshow(permutation, cmap="gray_r", vmin=0, vmax=1, aspect="auto")
