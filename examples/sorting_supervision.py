@@ -134,7 +134,7 @@ def loss_of(method: str, n: int) -> Callable[[Tensor, Tensor], Tensor]:
 # All methods see the same numbers in the same order and start from the same network. *Exact* is the share of test sequences whose order is
 # all right, *elements* the share of numbers in their place.
 #
-# With another seed every row changes by two to four points, so what is closer together than that is equal. At n = 5 nearly everything is,
+# With another seed a row changes by up to four points, so what is closer together than that is equal. At n = 5 nearly everything is,
 # the pairs included: to learn scores that follow a known order, no layer is needed. Only least squares on the ranks is clearly behind.
 # At n = 16 (``--full``) SoftSort, NeuralSort and the better networks come out ahead of the pairs.
 
