@@ -129,7 +129,9 @@ def _excess(nu: Tensor, z: Tensor, count: Tensor) -> Tensor:
 
 def _slope(nu: Tensor, z: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
     mask = torch.sigmoid(z + nu)
-    return (mask * (1 - mask)).sum(-1, keepdim=True), 2 * count.expand_as(nu)
+    slope = mask * (1 - mask)
+    # The rounding of z + ν counts, too.
+    return slope.sum(-1, keepdim=True), 2 * count + (slope * (z + nu).abs()).sum(-1, keepdim=True)
 
 
 def _bracket(z: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
