@@ -84,8 +84,8 @@ def found_clinics(generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor, T
 # ---------------------------------
 # The model is always the same, ten weights. The squared error meets the records as they are, standardized in each clinic, or replaced by
 # their ranks there. RankNet (Burges et al. 2005) asks every pair of patients of a clinic who is worse: a logistic regression on
-# differences of scores, and a strong baseline, at the cost of :math:`n^2` pairs. Then the rank correlation, by soft ranks, at the cost of sorting.
-# Last comes what can't be had in practice: the squared error of the true progression, on one scale.
+# differences of scores, and a strong baseline, at the cost of :math:`n^2` pairs. Then the rank correlation, by soft ranks, at the cost
+# of sorting. Last comes what can't be had in practice: the squared error of the true progression, on one scale.
 
 
 def squared_error(target: Tensor) -> Callable[[Tensor], Tensor]:
@@ -138,7 +138,7 @@ def train(loss_fn: Callable[[Tensor], Tensor], patients: Tensor, seed: int) -> n
 # NDCG of the first ten, the gain being the progression: are those at the top of the list really the ones that need it?
 
 results: dict[str, list[tuple[float, float]]] = {}
-first_seed: dict[str, Tensor] = {}
+ranked: dict[str, list[Tensor]] = {}
 with tqdm(total=6 * options.seeds) as bar:
     for seed in range(options.seeds):
         patients, records, true, held_out = found_clinics(torch.Generator().manual_seed(seed))
@@ -149,8 +149,7 @@ with tqdm(total=6 * options.seeds) as bar:
                 scores = model(measurements[held_out])[:, 0]
             worst = progression[held_out]
             results.setdefault(name, []).append((spearman(scores, worst).item(), ndcg(scores, worst - worst.min(), k=10).item()))
-            if seed == 0:
-                first_seed[name] = scores
+            ranked.setdefault(name, []).append(average_rank(scores))
             bar.update()
 
 table = {name: torch.tensor(values) for name, values in results.items()}
@@ -163,27 +162,29 @@ for name, values in table.items():
 # %%
 # What the clinics taught
 # -----------------------
-# Two things are bought by training on the order. The ranking gets better than any squared error makes it, close to what the true scale
-# would give. And it gets reliable: the squared error of the raw records depends on the clinic that happens to write the largest numbers.
-# RankNet, which sees the order, too, ranks as well as the Spearman loss, and is better among the first ten: there a correlation has no
-# special interest.
+# The whole list gets into better order than by any squared error, close to what the true scale would give, and reliably so: the squared
+# error of the raw records depends on the clinic that happens to write the largest numbers. RankNet, which sees the order, too, ranks as
+# well as the Spearman loss. Among the first ten it is ahead, and the Spearman loss has no advantage there at all: a correlation
+# of the whole list takes no special interest in its top.
 
 figure, axes = plt.subplots(1, 3, figsize=(15, 4.4), layout="constrained", width_ratios=(1, 1, 1.3))
 colours = dict(zip(table, ("0.6", "tab:orange", "tab:brown", "tab:blue", "tab:red", "0.2"), strict=True))
-_, records, true, held_out = found_clinics(torch.Generator().manual_seed(0))
+# The seed shown is the median of the squared error, neither its best nor its worst.
+typical = int(table["squared error"][:, 0].argsort()[options.seeds // 2])
+_, records, true, held_out = found_clinics(torch.Generator().manual_seed(typical))
 shades = plt.get_cmap("viridis")(torch.linspace(0, 1, len(SIZES)).numpy())
 for clinic, keep in enumerate(MASK):
     axes[0].plot(true[clinic, keep], records[clinic, keep], ".", color=shades[clinic], markersize=5)
 axes[0].set(title="what fifteen clinics write (colours)", xlabel="true progression", ylabel="record", yscale="log")
 for name in ("squared error", "Spearman loss"):
-    ranks = average_rank(first_seed[name])
-    axes[1].plot(average_rank(progression[held_out]), ranks, ".", color=colours[name], label=f"{name}, ρ = {table[name][0, 0]:.2f}")
-axes[1].set(title="patients held out, first seed", xlabel="true rank", ylabel="rank by score")
+    label = f"{name}, ρ = {table[name][typical, 0]:.2f}"
+    axes[1].plot(average_rank(progression[held_out]), ranked[name][typical], ".", color=colours[name], label=label)
+axes[1].set(title=f"patients held out, seed {typical}", xlabel="true rank", ylabel="rank by score", ylim=(-4, 170))
 axes[1].legend(frameon=False, fontsize=9, loc="upper left")
 for place, (name, values) in enumerate(table.items()):
     axes[2].barh(place, values[:, 0].mean(), color=colours[name], alpha=0.75)
     axes[2].plot(values[:, 0], [place] * len(values), "o", color="black", markersize=3)
-axes[2].set(title="Spearman's correlation with the true progression (dots: seeds)", yticks=range(len(table)))
+axes[2].set(title="rank correlation on patients held out (dots: seeds)", yticks=range(len(table)))
 axes[2].set_yticklabels(table)
 axes[2].invert_yaxis()
 

@@ -142,9 +142,9 @@ for noise, (noisy, true) in curves.items():
 # %%
 # Learned, then spoiled
 # ---------------------
-# With right labels there is little to choose in between, except that a loss that asks only for the first three does not care which of
-# them comes first. With wrong ones every network gets worse from some point on, when it begins to learn the mistakes. The mixture begins
-# later and forgets less. Stopping in time is worth more than any of the losses; and stopped in time, too, the mixture is ahead in all places.
+# With right labels there is little to choose between the losses, except that one that asks only for the first three does not care which
+# of them comes first. With wrong ones every network gets worse from some point on, when it begins to learn the mistakes. The mixture
+# begins later and learns fewer. Stopping in time is worth more than any of the losses; and stopped in time, too, the mixture is ahead.
 
 figure, axes = plt.subplots(1, 1 + len(curves), figsize=(5 * (1 + len(curves)), 4.2), layout="constrained")
 colours = dict(zip(LOSSES, ("0.35", "tab:blue", "tab:orange", "tab:red"), strict=True))
@@ -156,7 +156,7 @@ for panel, (noise, (_, true)) in zip(axes, curves.items(), strict=False):
     panel.set(
         title=f"{100 * noise:.0f} % of the labels random",
         xlabel="training steps",
-        ylabel="right class in the first place, % of digits held out",
+        ylabel="top-1 accuracy on digits held out, %",
     )
 axes[0].legend(frameon=False, fontsize=9, loc="lower right")
 

@@ -67,8 +67,8 @@ def ndcg(scores: Tensor, relevance: Tensor, *, k: int | None = None, gains: Gain
     # The mean of the discounts of the places that tied items take together.
     discount = (total[through] - total[before]) / (through - before).clamp(min=1)
     broken = scores.isnan() if mask is None else scores.isnan() & mask
-    value = ((gain * discount).sum(-1) / ideal).to(torch.promote_types(gain.dtype, scores.dtype))
-    return torch.where(broken.any(-1), torch.nan, value)
+    value = (gain * discount).sum(-1) / ideal
+    return torch.where(broken.any(-1), torch.nan, value).to(torch.promote_types(scores.dtype, floating(relevance).dtype))
 
 
 def ndcg_loss(
@@ -116,13 +116,15 @@ def ndcg_loss(
     check_rows(relevance, "relevance", scores, "scores")
     check_mask(mask, scores, "scores")
     gain, ideal = _gains(relevance, k, gains, mask)
-    ranks = soft_rank_masked(scores, mask, regularization=regularization, regularization_strength=regularization_strength, descending=True)
+    x = scores.double()
+    strength = regularization_strength.double() if isinstance(regularization_strength, Tensor) else regularization_strength
+    ranks = soft_rank_masked(x, mask, regularization=regularization, regularization_strength=strength, descending=True)
     discount = _discount(ranks, None)
     if k is not None and k < scores.shape[-1]:
-        behind = scores if mask is None else torch.where(mask, scores, -torch.inf)
-        discount = discount * soft_topk(behind, k, regularization_strength=regularization_strength)
-    value = (gain.to(scores.dtype) * discount).sum(-1) / ideal.to(scores.dtype)
-    return reduced(1 - value, reduction)
+        padded = x if mask is None else torch.where(mask, x, -torch.inf)
+        discount = discount * soft_topk(padded, k, regularization_strength=strength)
+    value = (gain * discount).sum(-1) / ideal
+    return reduced((1 - value).to(scores.dtype), reduction)
 
 
 class NDCGLoss(nn.Module):
@@ -188,7 +190,7 @@ def _gains(relevance: Tensor, k: int | None, gains: Gains, mask: Tensor | None) 
     if k is not None:
         check_count(k)
     check_choice(gains, "gains", ("linear", "exponential"))
-    relevance = floating(relevance)
+    relevance = relevance.double()
     if mask is not None:
         relevance = torch.where(mask, relevance, 0)
     gain = relevance if gains == "linear" else torch.expm1(relevance * torch.log(relevance.new_tensor(2.0)))

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ..convex.projections.arguments import check_rows as check_scores
 from .arguments import Strength
-from .loss_arguments import Reduction, check_mask, check_rows, reduced
+from .loss_arguments import Reduction, check_mask, check_rows, floating, reduced
 from .ranks import Regularization, average_rank, soft_rank_masked
 
 __all__ = ["SpearmanLoss", "spearman", "spearman_loss"]
@@ -51,10 +51,9 @@ def spearman(scores: Tensor, target: Tensor, *, mask: Tensor | None = None) -> T
     """
     check_rows(scores, "scores")
     check_rows(target, "target", scores, "scores")
-    ranks, true_ranks = (_centered(average_rank(x, mask=mask), mask) for x in (scores, target))
-    dtype = torch.promote_types(ranks.dtype, true_ranks.dtype)
-    correlation = (ranks * true_ranks).sum(-1).to(dtype) / (_norm(ranks) * _norm(true_ranks))
-    return correlation.clamp(-1, 1)
+    ranks, true_ranks = (_centered(average_rank(x.double(), mask=mask), mask) for x in (scores, target))
+    correlation = (ranks * true_ranks).sum(-1) / (_norm(ranks) * _norm(true_ranks))
+    return correlation.clamp(-1, 1).to(torch.promote_types(floating(scores).dtype, floating(target).dtype))
 
 
 def spearman_loss(
@@ -101,14 +100,16 @@ def spearman_loss(
     check_scores(scores, "scores", at_least=1)
     check_rows(target, "target", scores, "scores")
     check_mask(mask, scores, "scores")
-    ranks = soft_rank_masked(scores, mask, regularization=regularization, regularization_strength=regularization_strength)
-    ranks, true_ranks = _centered(ranks, mask), _centered(average_rank(target, mask=mask).to(scores.dtype), mask)
-    count = scores.new_tensor(scores.shape[-1]) if mask is None else mask.sum(-1).to(scores.dtype)
+    x = scores.double()  # the squares of ranks do not fit into half precision
+    strength = regularization_strength.double() if isinstance(regularization_strength, Tensor) else regularization_strength
+    ranks = soft_rank_masked(x, mask, regularization=regularization, regularization_strength=strength)
+    ranks, true_ranks = _centered(ranks, mask), _centered(average_rank(target, mask=mask).to(x), mask)
+    count = x.new_tensor(x.shape[-1]) if mask is None else mask.sum(-1).to(x.dtype)
     full = (count * (count.square() - 1) / 12).clamp(min=1)
     spread = ranks.square().sum(-1).clamp(min=_LEAST_SPREAD**2 * full).sqrt()
     true_spread = _norm(true_ranks)
     correlation = (ranks * true_ranks).sum(-1) / (spread * torch.where(true_spread > 0, true_spread, 1))
-    return reduced(1 - correlation, reduction)
+    return reduced((1 - correlation).to(scores.dtype), reduction)
 
 
 class SpearmanLoss(nn.Module):

@@ -105,11 +105,15 @@ def topk_cross_entropy(
     check_scores(logits, "logits", at_least=1)
     _check_classes(target, logits)
     x, right = logits.double(), target.long().unsqueeze(-1)
-    strength = regularization_strength.double() if isinstance(regularization_strength, Tensor) else regularization_strength
+    strength, scale = regularization_strength, regularization_strength
+    if isinstance(strength, Tensor):
+        strength = strength.double()
+        scale = strength.unsqueeze(-1)
+        batch = torch.broadcast_shapes(strength.shape, target.shape)
+        x, right = x.expand(*batch, x.shape[-1]), right.expand(*batch, 1)
     terms = []
     for count, weight in _distribution(k, logits.shape[-1]).items():
         if count == 1:
-            scale = strength.unsqueeze(-1) if isinstance(strength, Tensor) else strength
             log_mask = torch.log_softmax(x / scale, -1).gather(-1, right)
         else:
             mask = soft_topk(x, count, regularization="entropic", regularization_strength=strength).gather(-1, right)

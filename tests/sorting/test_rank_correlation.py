@@ -124,6 +124,16 @@ def test_module_reductions_and_transforms() -> None:
     assert "regularization_strength=0.5" in repr(SpearmanLoss(regularization_strength=0.5))
 
 
+def test_half_precision_of_a_long_row() -> None:
+    scores, target = rows(300, seed=15), rows(300, seed=16)
+    for dtype in (torch.float16, torch.bfloat16):
+        few = scores.to(dtype)
+        exact = spearman_loss(few.double(), target)
+        assert spearman_loss(few, target).dtype == dtype
+        assert spearman_loss(few, target).item() == pytest.approx(exact.item(), abs=5e-3)
+        assert spearman(few, target.to(dtype)).item() == pytest.approx(spearman(few, target).item(), abs=5e-3)
+
+
 def test_what_is_refused() -> None:
     x = torch.zeros(2, 3)
     with pytest.raises(ShapeError, match=r"scores must be a floating tensor, got torch\.int64"):
