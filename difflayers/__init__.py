@@ -14,21 +14,23 @@ tensor([[0.6000, 0.4000, 0.0000]])
 >>> torch.autograd.grad(x[0, 0], y)[0]
 tensor([[ 0.5000, -0.5000,  0.0000]])
 
-======================= ===========================================================================
-``difflayers.convex``   quadratic programs: :class:`QPLayer`, ``solve_qp``; conic programs: ``solve_cone``; problems
-                        written in CVXPY: :class:`CvxpyLayer`; ``projections`` on convex sets: :class:`Projection`
-``difflayers.sorting``  sorting, ranking and top-k that gradients pass through: :class:`SortingNetwork`
-``difflayers.implicit`` the core: ``implicit_root``, ``implicit_fixed_point``, ``custom_root``,
-                        ``linear_solve``, ``conditions``
-``difflayers.solvers``  how a solution is found: batched loops that stop element by element
-``difflayers.errors``   what can go wrong, and what each error carries
-======================= ===========================================================================
+======================== ==========================================================================
+``difflayers.convex``    quadratic programs: :class:`QPLayer`, ``solve_qp``; conic programs: ``solve_cone``; problems
+                         written in CVXPY: :class:`CvxpyLayer`; ``projections`` on convex sets: :class:`Projection`
+``difflayers.sorting``   sorting, ranking and top-k that gradients pass through: :class:`SortingNetwork`
+``difflayers.transport`` optimal transport plans at any temperature: :class:`SinkhornLayer`, ``sinkhorn``
+``difflayers.implicit``  the core: ``implicit_root``, ``implicit_fixed_point``, ``custom_root``,
+                         ``linear_solve``, ``conditions``
+``difflayers.solvers``   how a solution is found: batched loops that stop element by element
+``difflayers.errors``    what can go wrong, and what each error carries
+======================== ==========================================================================
 """
 
-from . import convex, errors, implicit, solvers, sorting
+from . import convex, errors, implicit, solvers, sorting, transport
 from .convex import CvxpyLayer, Projection, QPLayer
 from .solution import Solution, Status
 from .sorting import SortingNetwork
+from .transport import SinkhornLayer
 
 __version__ = "0.1.0"
 
@@ -36,6 +38,7 @@ __all__ = [
     "CvxpyLayer",
     "Projection",
     "QPLayer",
+    "SinkhornLayer",
     "Solution",
     "SortingNetwork",
     "Status",
@@ -45,4 +48,5 @@ __all__ = [
     "implicit",
     "solvers",
     "sorting",
+    "transport",
 ]

@@ -102,6 +102,20 @@ def _soft_argsort(method: str) -> Layer:
     return Layer(f"soft_argsort, {method}", _with_strength(soft_argsort, method=method), sample, reference=reference)
 
 
+def _transport() -> Layer:
+    def reference(x: Tensor, strength: Tensor) -> Tensor:
+        logits = x.unsqueeze(-1) * torch.arange(1, 4, dtype=x.dtype) / strength
+        for _ in range(100):
+            logits = logits - logits.logsumexp(-1, keepdim=True)
+            logits = logits - logits.logsumexp(-2, keepdim=True)
+        return logits.exp()
+
+    def sample(g: torch.Generator) -> Inputs:
+        return torch.tensor([0.5, -0.7, 0.2], dtype=torch.float64) + randn(g, 3, scale=0.1), 0.8 + randn(g, scale=0.05)
+
+    return Layer("soft_argsort, sinkhorn", _with_strength(soft_argsort, method="sinkhorn"), sample, reference=reference)
+
+
 SOFT_SORT: tuple[Layer, ...] = (
     _soft_sort("l2"),
     _soft_sort("kl"),
@@ -111,4 +125,5 @@ SOFT_SORT: tuple[Layer, ...] = (
     _soft_topk("entropic"),
     _soft_argsort("softsort"),
     _soft_argsort("neuralsort"),
+    _transport(),
 )

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from difflayers.errors import ShapeError
+from difflayers.errors import NotConvergedError, ShapeError
 from difflayers.sorting import SortingNetwork, soft_argsort
 
 CLOSED = ["softsort", "neuralsort"]
@@ -78,6 +78,40 @@ def test_a_network_is_its_permutation(descending: bool) -> None:
     assert soft_argsort(torch.zeros(2, 0), method="network").shape == (2, 0, 0)
     with pytest.raises(ShapeError, match="number"):
         soft_argsort(x, method="network", regularization_strength=torch.tensor(1.0, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("descending", [False, True])
+def test_a_transport_plan_is_doubly_stochastic_and_sorts_when_cold(descending: bool) -> None:
+    x = rows(2, 3, 5)
+    P = soft_argsort(x, method="sinkhorn", regularization_strength=0.5, descending=descending)
+    torch.testing.assert_close(P.sum(-1), torch.ones_like(x))
+    torch.testing.assert_close(P.sum(-2), torch.ones_like(x))
+    torch.testing.assert_close(soft_argsort(x + 100, method="sinkhorn", regularization_strength=0.5, descending=descending), P)
+    torch.testing.assert_close(soft_argsort(-x, method="sinkhorn", regularization_strength=0.5, descending=not descending), P)
+    cold = soft_argsort(x, method="sinkhorn", regularization_strength=1e-3, descending=descending)
+    assert torch.equal(cold.argmax(-2), x.argsort(-1, descending=descending))
+    assert soft_argsort(x.float().mT, method="sinkhorn", dim=-2).dtype == torch.float32
+    assert soft_argsort(torch.zeros(2, 0), method="sinkhorn").shape == (2, 0, 0)
+    assert soft_argsort(torch.zeros(0, 3), method="sinkhorn").shape == (0, 3, 3)
+
+
+def test_a_transport_that_is_cut_short_says_so() -> None:
+    with pytest.raises(NotConvergedError):
+        soft_argsort(rows(8), method="sinkhorn", regularization_strength=0.3, max_iter=1)
+    assert soft_argsort(rows(8), method="sinkhorn", regularization_strength=0.3, max_iter=1, on_failure="nan").isnan().all()
+
+
+def test_a_transport_beside_a_row_that_is_not_finite() -> None:
+    x = rows(3, 4)
+    good = soft_argsort(x, method="sinkhorn")
+    x[1, 0] = float("inf")
+    x.requires_grad_()
+    P = soft_argsort(x, method="sinkhorn")
+    assert P[1].isnan().all()
+    torch.testing.assert_close(P[[0, 2]], good[[0, 2]])
+    (gradient,) = torch.autograd.grad(P[[0, 2]].square().sum(), x)
+    assert gradient.isfinite().all()
+    assert not gradient[1].any()
 
 
 @each

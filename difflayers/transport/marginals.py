@@ -1,0 +1,313 @@
+r"""The marginal equations of entropic optimal transport, as the root problem that the core differentiates.
+
+.. math:: F(f, g) = \begin{pmatrix} P 1 - a \\ P^T 1 - b \end{pmatrix} = 0, \qquad P = e^{(f ⊕ g - C)/ε}, \qquad
+   \frac{∂F}{∂(f, g)} = \frac{1}{ε} \begin{pmatrix} \operatorname{diag}(P 1) & P \\ P^T & \operatorname{diag}(P^T 1) \end{pmatrix}.
+
+The Jacobian is symmetric at every point. Its null vector (1, −1) changes nothing: it is a constant that moves from f to g. Eliminating the
+longer side leaves a Laplacian (:mod:`~difflayers.transport.laplacian`) of the shorter one. The dual value is a second, scalar root problem,
+v − L(f, g, θ) = 0 with the Lagrangian L: at the optimum ∂L/∂(f, g) = 0, so that its derivative needs no linear system (the envelope
+theorem).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..implicit.broadcasting import BroadcastingProblem
+from ..implicit.methods import LinearMethod
+from ..solution import OnFailure, Solution, Status, report_failures
+from ..solvers.linear import cg
+from .laplacian import Laplacian
+from .potentials import Method, find_potentials
+from .sweeps import FLOOR, Scaled
+
+__all__ = ["DualValue", "Marginals", "Options", "plan_of"]
+
+# Plan entries up to here are zero; e^FLOOR is less.
+_LEAST = 1e-130
+
+# The rounding of the exponents, in units of the last place of the largest one, that no potentials can undercut.
+_NOISE = 8.0
+
+# Groups that exchange less than this part of their mass count as separate: what they would pass on to each other is rounding.
+_SEPARATE = 1e-14
+
+# A linearized system with a larger residual, relative to its right-hand side, has no solution. Potentials that are less exact
+# leave larger ones.
+_SINGULAR_ABOVE, _SINGULAR_ABOVE_TOL = 1e-6, 100.0
+
+# From so many equations on, and for so few right-hand sides, conjugate gradients are tried before the factorization.
+_ITERATED_FROM, _ITERATED_COLUMNS, _ITERATIONS = 800, 2, 60
+
+
+class Options(NamedTuple):
+    """How the potentials are found; ``balanced`` is the relative difference of the masses that counts as rounding."""
+
+    method: Method
+    tol: float
+    max_iter: int | None
+    on_failure: OnFailure
+    balanced: float
+
+
+def plan_of(potentials: Tensor, cost: Tensor, a: Tensor, b: Tensor, epsilon: Tensor) -> Tensor:
+    """The plan ``(*batch, n, m)`` of potentials ``(*batch, n + m)``; zero where a marginal is, and below e^FLOOR."""
+    phi, gamma = _scaled(potentials, a, b, epsilon)
+    exponent = phi.unsqueeze(-1) + gamma.unsqueeze(-2) - cost / epsilon[..., None, None]
+    # Thresholds, whose derivatives cost less than those of clamp and where.
+    return torch.threshold(torch.threshold(exponent, FLOOR, FLOOR).exp(), _LEAST, 0.0)
+
+
+def _plan_on_the_spot(potentials: Tensor, cost: Tensor, a: Tensor, b: Tensor, epsilon: Tensor) -> Tensor:
+    """The same on plain tensors, without copies."""
+    phi, gamma = _scaled(potentials, a, b, epsilon)
+    exponent = (cost / -epsilon[..., None, None]).add_(phi.unsqueeze(-1)).add_(gamma.unsqueeze(-2))
+    return torch.threshold_(exponent.clamp_(min=FLOOR).exp_(), _LEAST, 0.0)
+
+
+def _scaled(potentials: Tensor, a: Tensor, b: Tensor, epsilon: Tensor) -> tuple[Tensor, Tensor]:
+    """f/ε and g/ε, −inf where a marginal is zero."""
+    f, g = (potentials / epsilon.unsqueeze(-1)).split([a.shape[-1], b.shape[-1]], -1)
+    return torch.where(a > 0, f, -torch.inf), torch.where(b > 0, g, -torch.inf)
+
+
+class Marginals(BroadcastingProblem):
+    """F(f, g; C, a, b, ε, usable), where ``usable`` says which elements are finite. Potentials of zero marginals are held at zero."""
+
+    core_ndims = (2, 1, 1, 0, 0)
+
+    def __init__(self, batch_ndim: int, options: Options) -> None:
+        super().__init__(_marginal_error, _nothing, LinearMethod(), batch_ndim=batch_ndim, on_failure=options.on_failure)
+        self.options = options
+
+    def find(self, x0: Tensor, theta: Sequence[Any]) -> Any:
+        """The potentials, status, marginal error and iterations of every element."""
+        batch, (n, m) = x0.shape[:-1], theta[0].shape[-2:]
+        if 0 in batch:
+            status = torch.zeros(batch, dtype=torch.int64, device=x0.device)
+            return x0.clone(), status, x0.new_zeros(batch), status.clone()
+        C, a, b, epsilon, usable = _flat(theta, batch)
+        mass = a.sum(-1)
+        lacking = torch.stack([(mass - b.sum(-1)).abs() - self.options.balanced * mass, -a.amin(-1), -b.amin(-1)]).amax(0)
+        feasible = lacking <= 0
+        a, b = a.clamp(min=0), b.clamp(min=0)
+        # Equal masses to the last digit: what they differ by is rounding, and no plan meets both.
+        b = b * (a.sum(-1) / b.sum(-1).clamp(min=torch.finfo(b.dtype).tiny)).unsqueeze(-1)
+        index = (usable & feasible & (mass > 0)).nonzero().squeeze(-1)
+        x = x0.new_zeros(C.shape[0], n + m)
+        iterations = torch.zeros(C.shape[0], dtype=torch.int64, device=x0.device)
+        largest = torch.maximum(C.amax((-1, -2)), -C.amin((-1, -2)))
+        tol = (_NOISE * torch.finfo(C.dtype).eps * largest / epsilon).clamp(min=self.options.tol) * mass
+        if index.numel():
+            flipped = m > n
+            part = Scaled(C / epsilon[:, None, None], a, b).take(index)
+            part = Scaled(part.X.mT.contiguous(), part.b, part.a) if flipped else part
+            # What is asked of the last iterate leaves a margin for what the plan loses when it is computed again.
+            found = find_potentials(part, tol[index] / 2, method=self.options.method, max_iter=self.options.max_iter)
+            sides = (found.gamma, found.phi) if flipped else (found.phi, found.gamma)
+            x[index] = torch.cat(sides, -1) * epsilon[index, None]
+            iterations[index] = found.iterations
+        finite = torch.isfinite(x)
+        positive = torch.cat([a, b], -1) > 0
+        x = torch.where(finite & positive, x, 0)
+        plan = _plan_on_the_spot(x, C, a, b, epsilon)
+        error = torch.maximum((plan.sum(-1) - a).abs().sum(-1), (plan.sum(-2) - b).abs().sum(-1))
+        status = torch.where((error <= tol) & (finite | ~positive).all(-1), int(Status.SOLVED), int(Status.MAX_ITER))
+        status = torch.where(feasible, status, int(Status.PRIMAL_INFEASIBLE))
+        status = torch.where(usable, status, int(Status.NUMERICAL_ERROR))
+        error = torch.where(feasible, error, lacking)
+        solution = Solution(x, status, torch.where(usable, error, torch.nan), iterations)
+        solution = Solution(*(part.reshape((*batch, *part.shape[1:])) for part in solution))
+        report_failures(solution, _what(status, theta, batch), self.on_failure)
+        return tuple(solution)
+
+    def operator(self, point: Sequence[Any], transpose: bool) -> Any:
+        """The Jacobian of F, equal to its transpose at every point."""
+        x, C, a, b, epsilon, _ = point
+        P, scale = plan_of(x, C, a, b, epsilon), epsilon.unsqueeze(-1)
+        sums, held = torch.cat([P.sum(-1), P.sum(-2)], -1), torch.cat([a > 0, b > 0], -1)
+        sizes = list(C.shape[-2:])
+
+        def apply(u: Tensor) -> Tensor:
+            left, right = u.split(sizes, -1)
+            crossed = torch.cat([(P @ right.unsqueeze(-1)).squeeze(-1), (left.unsqueeze(-2) @ P).squeeze(-2)], -1)
+            return torch.where(held, (sums * u + crossed) / scale, u)
+
+        return apply
+
+    def solve_linear(self, point: Sequence[Any], rhs: Tensor, transpose: bool, columns: bool) -> Solution:
+        """Solve by elimination of the longer side, and a Cholesky factor of what is left."""
+        x, *theta = point
+        batch, (n, m) = x.shape[:-1], theta[0].shape[-2:]
+        status = torch.zeros(rhs.shape[:-1], dtype=torch.int64, device=rhs.device)
+        if not bool(rhs.any()):
+            return Solution(torch.zeros_like(rhs), status, rhs.new_zeros(rhs.shape[:-1]), status)
+        if self._factor is None:
+            self._factor = _Factor(x.reshape(-1, n + m), *_flat(theta, batch)[:4])
+        flat = rhs.reshape(rhs.shape[0] if columns else 1, -1, n + m).permute(1, 2, 0)
+        u, residual = self._factor.solve(flat)
+        residual = residual.mT.reshape(rhs.shape[:-1])
+        limit = max(_SINGULAR_ABOVE, _SINGULAR_ABOVE_TOL * self.options.tol)
+        status = (residual > limit) * int(Status.SINGULAR)
+        return Solution(u.permute(2, 0, 1).reshape(rhs.shape), status, residual, torch.zeros_like(status))
+
+    def pullback(self, x: Tensor, theta: Sequence[Any], which: Sequence[int], u: Tensor) -> Sequence[Tensor]:
+        """(∂F/∂θ)ᵀ u in closed form."""
+        C, a, b, epsilon, _ = theta
+        sizes = list(C.shape[-2:])
+        left, right = u.split(sizes, -1)
+        f, g = x.split(sizes, -1)
+        weighted = C
+        if 0 in which or 3 in which:
+            rows, columns = (-u / epsilon.unsqueeze(-1)).split(sizes, -1)
+            weighted = plan_of(x, C, a, b, epsilon) * (rows.unsqueeze(-1) + columns.unsqueeze(-2))
+        closed = (
+            lambda: weighted,
+            lambda: torch.where(a > 0, -left, 0),
+            lambda: torch.where(b > 0, -right, 0),
+            lambda: (weighted * (f.unsqueeze(-1) + g.unsqueeze(-2) - C)).sum((-1, -2)) / epsilon,
+        )
+        return [closed[i]().sum_to_size(theta[i].shape) for i in which]
+
+    def deeper(self, size: int) -> Marginals:
+        """The same problem with one more leading dimension."""
+        return Marginals(self.batch_ndim + 1, self.options)
+
+
+class _Factor:
+    """The Jacobian of F at flat points, factorized."""
+
+    def __init__(self, x: Tensor, C: Tensor, a: Tensor, b: Tensor, epsilon: Tensor) -> None:
+        self.P, self.epsilon = _plan_on_the_spot(x, C, a, b, epsilon), epsilon[:, None, None]
+        self.flipped = C.shape[-1] > C.shape[-2]
+        if self.flipped:
+            self.P, a, b = self.P.mT, b, a
+        self.rows, self.columns = self.P.sum(-1, keepdim=True), self.P.sum(-2).unsqueeze(-1)
+        self.held = (a > 0).unsqueeze(-1), (b > 0).unsqueeze(-1)
+        self.inverse = torch.where(self.rows > 0, 1 / self.rows, 0)
+        self.laplacian: Laplacian | None = None
+
+    def solve(self, rhs: Tensor) -> tuple[Tensor, Tensor]:
+        """The solution of columns ``(N, n + m, k)`` and its relative residual ``(N, k)``."""
+        sides = rhs.split([self.rows.shape[-2], self.columns.shape[-2]][:: -1 if self.flipped else 1], -2)
+        left, right = sides[::-1] if self.flipped else sides
+        long, short = torch.where(self.held[0], self.epsilon * left, 0), torch.where(self.held[1], self.epsilon * right, 0)
+        scale = long.abs().sum(-2) + short.abs().sum(-2)
+        short = short - self.P.mT @ (self.inverse * long)
+        # The equations are consistent if their sums agree. What a tangent of the marginals changes in the mass of one side only, and
+        # rounding, is taken off in proportion to the marginal.
+        mass = self.columns.sum(-2, keepdim=True)
+        short = short - self.columns / torch.where(mass > 0, mass, 1) * short.sum(-2, keepdim=True)
+        u, residual = self._solve_short(short)
+        v = self.inverse * (long - self.P @ u)
+        # The constant that the two sides could exchange is chosen as it is for the potentials.
+        shift = ((self.rows * v).sum(-2, keepdim=True) - (self.columns * u).sum(-2, keepdim=True)) / torch.where(mass > 0, 2 * mass, 1)
+        v, u = v - shift, u + shift
+        v, u = torch.where(self.held[0], v, left), torch.where(self.held[1], u, right)
+        return torch.cat((u, v) if self.flipped else (v, u), -2), residual / torch.where(scale > 0, scale, 1)
+
+    def _solve_short(self, rhs: Tensor) -> tuple[Tensor, Tensor]:
+        """The solution of the Laplacian's system, columns ``(N, m, k)``, and the 1-norm of its residual ``(N, k)``."""
+        if self.laplacian is None:
+            if rhs.shape[-2] >= _ITERATED_FROM and rhs.shape[-1] <= _ITERATED_COLUMNS:
+                found = self._iterate(rhs.mT)
+                if not bool(found.status.any()):
+                    return found.x.mT, found.residual * torch.linalg.vector_norm(rhs, dim=-2)
+            shift = torch.where(self.columns > 0, _SEPARATE * self.columns, 1).squeeze(-1)
+            self.laplacian = Laplacian(self.P * self.inverse.sqrt(), shift)
+        return self.laplacian.refined(rhs)
+
+    def _iterate(self, rhs: Tensor) -> Solution:
+        """Conjugate gradients on rows ``(N, k, m)``, preconditioned by the diagonal; two products with P an iteration."""
+        columns, inverse = self.columns.mT, self.inverse.mT
+        diagonal = columns - (self.P * self.P * self.inverse).sum(-2, keepdim=True)
+        usable = diagonal > torch.finfo(rhs.dtype).eps * columns
+        scale = torch.where(usable, 1 / torch.where(usable, diagonal, 1), 1)
+        return cg(
+            lambda u: columns * u - ((u @ self.P.mT) * inverse) @ self.P,
+            rhs,
+            preconditioner=lambda r: scale * r,
+            max_iter=_ITERATIONS,
+        )
+
+
+class DualValue(BroadcastingProblem):
+    """v − L(C, a, b, ε, potentials) = 0; L is the Lagrangian, stationary in the potentials, which therefore receive no cotangent."""
+
+    core_ndims = (2, 1, 1, 0, 1)
+
+    def __init__(self, batch_ndim: int) -> None:
+        super().__init__(_lagrangian_error, _nothing, LinearMethod(), batch_ndim=batch_ndim)
+
+    def find(self, x0: Tensor, theta: Sequence[Any]) -> Any:
+        """⟨a, f⟩ + ⟨b, g⟩."""
+        C, a, b, _, potentials = theta
+        f, g = potentials.split(list(C.shape[-2:]), -1)
+        return (((a * f).sum(-1) + (b * g).sum(-1)).unsqueeze(-1).expand(x0.shape).clone(),)
+
+    def operator(self, point: Sequence[Any], transpose: bool) -> Any:
+        """The identity."""
+        return lambda u: u
+
+    def solve_linear(self, point: Sequence[Any], rhs: Tensor, transpose: bool, columns: bool) -> Solution:
+        """The identity."""
+        status = torch.zeros(rhs.shape[:-1], dtype=torch.int64, device=rhs.device)
+        return Solution(rhs.clone(), status, rhs.new_zeros(rhs.shape[:-1]), status)
+
+    def pullback(self, x: Tensor, theta: Sequence[Any], which: Sequence[int], u: Tensor) -> Any:
+        """The gradient of −L with the potentials held; what they carry themselves makes second derivatives right."""
+        held = [i for i in which if i != 4]
+        slopes = dict(zip(held, super().pullback(x, theta, held, u), strict=True))
+        return [slopes.get(i) for i in which]
+
+    def pushforward(self, x: Tensor, theta: Sequence[Any], which: Sequence[int], tangents: Sequence[Tensor]) -> Tensor:
+        """The derivative of −L with the potentials held."""
+        pairs = [(i, tangent) for i, tangent in zip(which, tangents, strict=True) if i != 4]
+        if not pairs:
+            return torch.zeros_like(x)
+        return super().pushforward(x, theta, [i for i, _ in pairs], [tangent for _, tangent in pairs])
+
+    def deeper(self, size: int) -> DualValue:
+        """The same problem with one more leading dimension."""
+        return DualValue(self.batch_ndim + 1)
+
+
+def _marginal_error(x: Tensor, C: Tensor, a: Tensor, b: Tensor, epsilon: Tensor, _: Tensor) -> Tensor:
+    P = plan_of(x, C, a, b, epsilon)
+    f, g = x.split(list(C.shape[-2:]), -1)
+    return torch.cat([torch.where(a > 0, P.sum(-1) - a, f), torch.where(b > 0, P.sum(-2) - b, g)], -1)
+
+
+def _lagrangian_error(v: Tensor, C: Tensor, a: Tensor, b: Tensor, epsilon: Tensor, potentials: Tensor) -> Tensor:
+    P = plan_of(potentials, C, a, b, epsilon)
+    f, g = potentials.split(list(C.shape[-2:]), -1)
+    mass = (a.sum(-1) + b.sum(-1)) / 2
+    return v - ((a * f).sum(-1) + (b * g).sum(-1) + epsilon * (mass - P.sum((-1, -2)))).unsqueeze(-1)
+
+
+def _flat(theta: Sequence[Any], batch: Sequence[int]) -> tuple[Tensor, ...]:
+    """The arguments with one batch dimension."""
+    return tuple(
+        part.expand((*batch, *part.shape[part.dim() - core :])).reshape(math.prod(batch), *part.shape[part.dim() - core :])
+        for part, core in zip(theta, Marginals.core_ndims, strict=True)
+    )
+
+
+def _what(status: Tensor, theta: Sequence[Any], batch: Sequence[int]) -> str:
+    """The name of the solve, with what is wrong with the first marginals that admit no plan."""
+    wrong = (status == Status.PRIMAL_INFEASIBLE).nonzero()
+    if not len(wrong):
+        return "sinkhorn"
+    _, a, b, *_ = (part[int(wrong[0])] for part in _flat(theta, batch))
+    if min(float(a.min()), float(b.min())) < 0:
+        return f"sinkhorn (marginals must not be negative; the smallest entry is {min(float(a.min()), float(b.min())):.3g})"
+    return f"sinkhorn (a and b must have the same total mass; a sums to {float(a.sum()):.9g}, b to {float(b.sum()):.9g})"
+
+
+def _nothing(*_: Any) -> Any:
+    raise RuntimeError("the marginal equations have their own solvers")

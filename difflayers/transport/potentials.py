@@ -1,0 +1,80 @@
+r"""Which method finds the potentials, and from where.
+
+Where ε is small beside the range of the cost, larger ε come first, each from the potentials of the one before; some sweeps there, and steps
+of Newton's method where they leave too much, make sure that the next one begins near its solution. At ε itself the sweeps go on as
+long as their rate of convergence promises that they are the faster way, and Newton's method takes over where it does not.
+
+Reference: Kosowsky and Yuille, The invisible hand algorithm: solving the assignment problem with statistical physics, Neural Networks 7
+(1994), for the falling temperature.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from .newton import newton
+from .sweeps import STRIDE, Scaled, Swept, sweep
+
+__all__ = ["Method", "find_potentials"]
+
+Method = Literal["auto", "sinkhorn", "newton"]
+
+# The first ε as a fraction of the cost's range, and what the next one is of that.
+_FIRST, _FACTOR = 0.01, 0.25
+
+# The marginal error, relative to the mass, that Newton's method goes below before ε falls, and its most steps there.
+_NEAR, _NEAR_STEPS = 3e-3, 50
+
+# Where so many more sweeps are to come, Newton's method is the faster one (python -m benchmarks.transport).
+_PATIENCE = 150.0
+
+_SWEEPS, _STEPS = 10_000, 200
+
+
+def find_potentials(problem: Scaled, tol: Tensor, *, method: Method, max_iter: int | None) -> Swept:
+    """The potentials of each problem; whether the error is within ``tol`` is for the caller to see.
+
+    Args:
+        problem: N problems in units of ε, best with no more columns than rows.
+        tol: ``(N,)``, the marginal error (1-norm) to reach.
+        method: as in :func:`~difflayers.transport.sinkhorn`.
+        max_iter: most sweeps at ε itself, and most Newton steps.
+    """
+    gamma, before = _anneal(problem, sharpen=method != "sinkhorn")
+    patience = {"auto": _PATIENCE, "sinkhorn": math.inf, "newton": -1.0}[method]
+    found = sweep(problem, gamma, tol, max_iter=max_iter or _SWEEPS, patience=patience)
+    left = (found.error > tol).nonzero().squeeze(-1)
+    if method != "sinkhorn" and left.numel():
+        _insert(found, left, newton(problem.take(left), found.gamma[left], tol[left], max_iter=max_iter or _STEPS))
+    return found._replace(iterations=found.iterations + before)
+
+
+def _anneal(problem: Scaled, *, sharpen: bool) -> tuple[Tensor, Tensor]:
+    """γ ``(N, m)`` to start from, and the iterations that took."""
+    spread = problem.X.amax((-1, -2)) - problem.X.amin((-1, -2))
+    levels = (torch.log(spread * _FIRST) / -math.log(_FACTOR)).ceil().clamp(min=0).to(torch.int64)
+    gamma, iterations = torch.zeros_like(problem.b), torch.zeros_like(levels)
+    for remaining in range(int(levels.max()), 0, -1):
+        index = (levels >= remaining).nonzero().squeeze(-1)
+        part = problem.take(index)
+        larger = spread[index] * _FIRST * _FACTOR ** (levels[index] - remaining)
+        part = part._replace(X=part.X / larger[:, None, None])
+        near = _NEAR * part.a.sum(-1)
+        found = sweep(part, gamma[index] / larger[:, None], near, max_iter=STRIDE, patience=math.inf)
+        left = (found.error > near).nonzero().squeeze(-1)
+        if sharpen and left.numel():
+            _insert(found, left, newton(part.take(left), found.gamma[left], near[left], max_iter=_NEAR_STEPS))
+        gamma[index] = found.gamma * larger[:, None]
+        iterations[index] += found.iterations
+    return gamma, iterations
+
+
+def _insert(found: Swept, index: Tensor, better: Swept) -> None:
+    """Put ``better`` in the places of ``index``; its iterations come on top."""
+    better = better._replace(iterations=better.iterations + found.iterations[index])
+    for target, source in zip(found, better, strict=True):
+        target[index] = source

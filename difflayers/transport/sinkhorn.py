@@ -1,0 +1,256 @@
+r"""Entropic optimal transport as a layer: batched, differentiable to any order at any temperature.
+
+.. math:: \min_{P \ge 0} \; ⟨P, C⟩ + ε \sum_{ij} P_{ij} (\log P_{ij} - 1) \quad\text{subject to}\quad P 1 = a,\; P^T 1 = b .
+
+The solution is :math:`P = e^{(f ⊕ g - C)/ε}` with potentials f and g that meet the marginals. They are found by Sinkhorn's sweeps
+(:mod:`~difflayers.transport.sweeps`), or, where those are slow, by Newton's method (:mod:`~difflayers.transport.newton`). The core
+differentiates the marginal equations (:mod:`~difflayers.transport.marginals`): one Cholesky factorization of the size of the shorter side,
+whatever the iterations were.
+
+References: Cuturi, Sinkhorn distances, NeurIPS 2013, arXiv:1306.0895; Peyré and Cuturi, Computational optimal transport, 2019,
+arXiv:1803.00567; Eisenberger et al., A unified framework for implicit Sinkhorn differentiation, CVPR 2022, arXiv:2205.06688.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import ShapeError
+from ..implicit.closure import visible_to_modes
+from ..implicit.eager import eager
+from ..implicit.function import ImplicitFunction
+from ..solution import OnFailure, Status
+from .marginals import DualValue, Marginals, Options, plan_of
+from .potentials import Method
+from .unrolled import unrolled_potentials
+
+__all__ = ["SinkhornLayer", "TransportSolution", "sinkhorn"]
+
+# Relative differences of the masses of a and b that count as rounding.
+_BALANCED = {torch.float64: 1e-9, torch.float32: 1e-5}
+
+
+class TransportSolution(NamedTuple):
+    """What :func:`sinkhorn` returns; plan, f, g, value and dual_value are differentiable.
+
+    Attributes:
+        plan: ``(*batch, n, m)``, exp((f ⊕ g − cost)/ε).
+        f: ``(*batch, n)``, potentials of the rows; −inf where a is zero. The constant that f and g could exchange is chosen so that
+            ⟨a, f⟩ = ⟨b, g⟩.
+        g: ``(*batch, m)``, potentials of the columns; −inf where b is zero.
+        value: ``(*batch,)``, ⟨plan, cost⟩, the cost of the plan without the entropy.
+        dual_value: ``(*batch,)``, ⟨a, f⟩ + ⟨b, g⟩ = value + ε Σ plan log plan. Its gradient takes no linear system: in the cost it
+            is the plan, in a and b it is f and g up to a constant.
+        status: ``(*batch,)`` codes of :class:`~difflayers.Status`.
+        marginal_error: ``(*batch,)``, the larger of ‖plan 1 − a‖₁ and ‖planᵀ 1 − b‖₁.
+        iterations: ``(*batch,)`` int64, sweeps and Newton steps.
+    """
+
+    plan: Tensor
+    f: Tensor
+    g: Tensor
+    value: Tensor
+    dual_value: Tensor
+    status: Tensor
+    marginal_error: Tensor
+    iterations: Tensor
+
+
+@eager
+def sinkhorn(
+    cost: Tensor,
+    a: Tensor | None = None,
+    b: Tensor | None = None,
+    *,
+    epsilon: float | Tensor = 0.1,
+    method: Method = "auto",
+    backward: Literal["implicit", "unroll"] = "implicit",
+    tol: float | None = None,
+    max_iter: int | None = None,
+    on_failure: OnFailure = "raise",
+) -> TransportSolution:
+    """Solve min ⟨P, cost⟩ + ε Σ P (log P − 1) subject to P 1 = a, Pᵀ 1 = b, for each element of the batch on its own.
+
+    Leading batch dimensions broadcast. An argument without them is shared by the batch; its gradient is the sum. Everything is computed
+    in float64; float32 arguments give float32 results.
+
+    An entry of a or b that is zero gives a row or column of zeros and has the potential −inf; it receives the gradient zero.
+
+    Args:
+        cost: ``(*batch, n, m)``, finite.
+        a: ``(*batch, n)``, masses of the rows, nonnegative. None: 1/n each.
+        b: ``(*batch, m)``, masses of the columns, with the sum of a. None: 1/m each.
+        epsilon: the temperature, a positive number in units of the cost or a tensor ``(*batch,)``, which is differentiated too. Small
+            values give plans near the unregularized ones, sharp and sparse.
+        method: "sinkhorn", "newton", or "auto": sweeps, and Newton's method where they converge slowly.
+        backward: "implicit", or "unroll", which lets autograd follow plain sweeps: slow and inexact, to compare with.
+        tol: marginal error of a solved element, relative to the mass. None: 1e-10 (float64), 1e-6 (float32). Where ε is so small
+            that rounding alone costs more, the rounding counts.
+        max_iter: most sweeps, and most Newton steps. None: 10000 and 200.
+        on_failure: ``"raise"``, ``"nan"`` (failed elements are NaN and have zero gradient) or ``"warn"`` (best iterate).
+
+    Returns:
+        :class:`TransportSolution`.
+
+    Raises:
+        ShapeError: shapes, dtypes or devices do not fit together.
+        InfeasibleError: a marginal is negative, or the masses differ (``on_failure="raise"``).
+        NotConvergedError: the marginals are not met, or an argument is not finite (``on_failure="raise"``).
+
+    Example:
+        >>> import torch
+        >>> from difflayers.transport import sinkhorn
+        >>> cost = torch.tensor([[0.0, 1.0], [1.0, 0.0]], requires_grad=True)
+        >>> found = sinkhorn(cost, epsilon=0.5)
+        >>> found.plan.detach()
+        tensor([[0.4404, 0.0596],
+                [0.0596, 0.4404]])
+        >>> torch.autograd.grad(found.dual_value, cost)[0]
+        tensor([[0.4404, 0.0596],
+                [0.0596, 0.4404]])
+    """
+    if method not in ("auto", "sinkhorn", "newton"):
+        raise ValueError(f"method={method!r} is not known; choose 'auto', 'sinkhorn' or 'newton'")
+    if backward not in ("implicit", "unroll"):
+        raise ValueError(f"backward={backward!r} is not known; choose 'implicit' or 'unroll'")
+    batch, given = _validate(cost, a, b, epsilon)
+    dtype = cost.dtype
+    tol = (1e-10 if dtype == torch.float64 else 1e-6) if tol is None else tol
+    options = Options(method, tol, max_iter, on_failure, _BALANCED.get(dtype, 1e-2))
+    C, a, b, eps = (part.to(torch.float64) for part in given)
+    # A sum is finite if its terms are; asking each term takes longer.
+    usable = torch.isfinite(C.sum((-1, -2)) + a.sum(-1) + b.sum(-1) + eps) & (eps > 0)
+    # A NaN would come back as 0 · NaN in the gradients, and so would the logarithm of a zero marginal.
+    C, eps = torch.where(usable[..., None, None], C, 0), torch.where(usable, eps, 1)
+    a, b = (torch.where(usable.unsqueeze(-1), torch.where(part != 0, part, 0), 1 / part.shape[-1]) for part in (a, b))
+    start = C.new_zeros(*batch, sum(C.shape[-2:]))
+    start, C, a, b, eps, usable = visible_to_modes([start, C, a, b, eps, usable])
+    if backward == "unroll":
+        x, status, error, iterations = unrolled_potentials(C, a, b, eps, usable, start, options)
+    else:
+        x, status, error, iterations = ImplicitFunction.apply(Marginals(len(batch), options), start.detach(), C, a, b, eps, usable)
+    plan = plan_of(x, C, a, b, eps)
+    value = (plan * C).sum((-1, -2))
+    dual = ImplicitFunction.apply(DualValue(len(batch)), start.detach()[..., :1], C, a, b, eps, x)[0].squeeze(-1)
+    f, g = x.split(list(C.shape[-2:]), -1)
+    mass = a.sum(-1)
+    half = ((a * f).sum(-1) - (b * g).sum(-1)) / torch.where(mass > 0, 2 * mass, 1)
+    f = torch.where(a > 0, f - half.unsqueeze(-1), -torch.inf)
+    g = torch.where(b > 0, g + half.unsqueeze(-1), -torch.inf)
+    found = [plan, f, g, value, dual]
+    if on_failure != "raise":
+        lost = status != Status.SOLVED if on_failure == "nan" else status == Status.NUMERICAL_ERROR
+        found = [torch.where(lost.reshape((*lost.shape, *[1] * (part.dim() - lost.dim()))), torch.nan, part) for part in found]
+    return TransportSolution(*(part.to(dtype) for part in found), status, error.to(dtype), iterations)
+
+
+class SinkhornLayer(nn.Module):
+    """:func:`sinkhorn` as a module: ``forward`` returns the plan, ``solve`` the whole :class:`TransportSolution`.
+
+    Args:
+        epsilon: as in :func:`sinkhorn`; a tensor becomes a buffer, an ``nn.Parameter`` is learned.
+        method: as in :func:`sinkhorn`.
+        backward: as in :func:`sinkhorn`.
+        tol: as in :func:`sinkhorn`.
+        max_iter: as in :func:`sinkhorn`.
+        on_failure: as in :func:`sinkhorn`.
+
+    Example:
+        >>> import torch
+        >>> from difflayers import SinkhornLayer
+        >>> layer = SinkhornLayer(epsilon=0.5)
+        >>> layer(torch.tensor([[0.0, 1.0], [1.0, 0.0]]))
+        tensor([[0.4404, 0.0596],
+                [0.0596, 0.4404]])
+    """
+
+    def __init__(
+        self,
+        epsilon: float | Tensor = 0.1,
+        *,
+        method: Method = "auto",
+        backward: Literal["implicit", "unroll"] = "implicit",
+        tol: float | None = None,
+        max_iter: int | None = None,
+        on_failure: OnFailure = "raise",
+    ) -> None:
+        super().__init__()
+        self.epsilon: float | Tensor
+        if isinstance(epsilon, nn.Parameter) or not isinstance(epsilon, Tensor):
+            self.epsilon = epsilon
+        else:
+            self.register_buffer("epsilon", epsilon)
+        self.method: Method = method
+        self.backward_mode: Literal["implicit", "unroll"] = backward
+        self.tol, self.max_iter = tol, max_iter
+        self.on_failure: OnFailure = on_failure
+
+    def forward(self, cost: Tensor, a: Tensor | None = None, b: Tensor | None = None) -> Tensor:
+        """The plan ``(*batch, n, m)``.
+
+        Args:
+            cost: ``(*batch, n, m)``.
+            a: ``(*batch, n)`` or None.
+            b: ``(*batch, m)`` or None.
+        """
+        return self.solve(cost, a, b).plan
+
+    def solve(self, cost: Tensor, a: Tensor | None = None, b: Tensor | None = None) -> TransportSolution:
+        """The plan with its potentials, values and status.
+
+        Args:
+            cost: ``(*batch, n, m)``.
+            a: ``(*batch, n)`` or None.
+            b: ``(*batch, m)`` or None.
+        """
+        return sinkhorn(
+            cost,
+            a,
+            b,
+            epsilon=self.epsilon,
+            method=self.method,
+            backward=self.backward_mode,
+            tol=self.tol,
+            max_iter=self.max_iter,
+            on_failure=self.on_failure,
+        )
+
+    def extra_repr(self) -> str:
+        """The temperature, the options that differ from their defaults, and ``on_failure``."""
+        epsilon = tuple(self.epsilon.shape) if isinstance(self.epsilon, Tensor) else self.epsilon
+        shown = [f"epsilon={epsilon}", f"on_failure={self.on_failure!r}"]
+        options = {"method": self.method, "backward": self.backward_mode, "tol": self.tol, "max_iter": self.max_iter}
+        shown += [f"{name}={value!r}" for name, value in options.items() if value not in (None, "auto", "implicit")]
+        return ", ".join(shown)
+
+
+def _validate(
+    cost: Tensor, a: Tensor | None, b: Tensor | None, epsilon: float | Tensor
+) -> tuple[tuple[int, ...], tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """The batch shape, and all the arguments as tensors."""
+    if not isinstance(cost, Tensor) or not cost.is_floating_point():
+        raise ShapeError(f"cost must be a floating tensor, got {cost.dtype if isinstance(cost, Tensor) else type(cost).__name__}")
+    if cost.dim() < 2 or 0 in cost.shape[-2:]:
+        raise ShapeError(f"cost must have the shape (*batch, n, m) with n, m ≥ 1, got {tuple(cost.shape)}")
+    n, m = cost.shape[-2:]
+    a = cost.new_full((n,), 1 / n) if a is None else a
+    b = cost.new_full((m,), 1 / m) if b is None else b
+    for name, value, size in (("a", a, n), ("b", b, m)):
+        if not isinstance(value, Tensor) or value.dtype != cost.dtype or value.device != cost.device:
+            came = f"{value.dtype} on {value.device}" if isinstance(value, Tensor) else type(value).__name__
+            raise ShapeError(f"{name} must be a tensor like the cost ({cost.dtype} on {cost.device}), got {came}; convert one of them")
+        if value.dim() < 1 or value.shape[-1] != size:
+            raise ShapeError(f"{name} must have the shape (*batch, {size}) for a cost (*batch, {n}, {m}), got {tuple(value.shape)}")
+    if not isinstance(epsilon, Tensor):
+        if not 0 < epsilon < float("inf"):
+            raise ValueError(f"epsilon must be positive, got {epsilon}; the unregularized problem is a linear program, see solve_qp")
+        epsilon = torch.full((), epsilon, dtype=torch.float64, device=cost.device)
+    try:
+        batch = torch.broadcast_shapes(cost.shape[:-2], a.shape[:-1], b.shape[:-1], epsilon.shape)
+    except RuntimeError as error:
+        shapes = ", ".join(str(tuple(part.shape)) for part in (cost, a, b, epsilon))
+        raise ShapeError(f"batch dimensions of cost, a, b and epsilon do not broadcast: {shapes}") from error
+    return tuple(batch), (cost, a, b, epsilon)
