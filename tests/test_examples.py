@@ -31,6 +31,8 @@ LINES = {
         "global optimum, grid {} {} {} {}",
         "global optimum, gradient {} {} {} {}",
     ],
+    "relaxations": ["optimal largest error 0.0625 / s, least slope {}", "logistic from -3.0 to {} in 20 steps"],
+    "sorting_supervision": ["logistic, odd_even 20 {} {} {}", "cauchy, odd_even 20 {} {} {}", "NeuralSort {} {} {} {}", "ranks 1 {} {} {}"],
     "jacobian_descent": ["average {} {} {} × {} × {} {} {} %", "UPGrad {} {} {} × {} × {} {} {} %"],
 }
 SEEDED = ("quickstart", "decision_focused", "learning_to_rank", "mpc_learned_cost", "topk_classification")
@@ -60,5 +62,7 @@ def test_example_runs_in_short_mode(example: Path, tmp_path: Path) -> None:
         pattern = r"\s+".join(r"[-+]?\d+\.\d+" if word == "{}" else re.escape(word) for word in line.split())
         assert re.search(pattern, result.stdout), f"{line!r} is not in\n{result.stdout}"
     figures = list((tmp_path / "figures").glob("*.png"))
-    assert [figure.stem for figure in figures] == [example.stem]
-    assert figures[0].stat().st_size > 20_000
+    assert figures
+    for figure in figures:
+        assert figure.stem.startswith(example.stem)
+        assert figure.stat().st_size > 10_000
