@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from benchmarks import cones, core, maros_meszaros, projections, qp, sorting, sparse_qp, transport
+from benchmarks import cones, core, maros_meszaros, projections, qp, soft_sort, sorting, sorting_families, sparse_qp, transport
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
@@ -17,4 +17,6 @@ if __name__ == "__main__":
     core.main(short=short)
     projections.main(short=short)
     sorting.main(short=short)
+    soft_sort.main(short=short)
+    sorting_families.main(short=short)
     transport.main(short=short)

@@ -1,8 +1,8 @@
 """Sorting networks beside diffsort: time forward and backward, agreement, memory.
 
 ``python -m benchmarks.sorting``. Both compute in float64 with the same distribution and steepness. The loss is a fixed weighting of the
-permutation, of the values or of the ranks. diffsort always builds the permutation. Memory is the peak of what torch's allocator holds during
-both passes, above what it held before.
+permutation, of the values or of the ranks. diffsort always builds the permutation. Memory is the most that torch holds at once in
+both passes, beyond what it held before.
 """
 
 from __future__ import annotations
@@ -55,11 +55,11 @@ def speed(cases: list[tuple[str, int, int, str]]) -> None:
         x = torch.randn(batch, n, dtype=torch.float64, generator=generator).requires_grad_()
         weights = torch.randn(batch, n, n, dtype=torch.float64, generator=generator)
         ours = _ours(SortingNetwork(n, network), x, weights, of)
-        runs, peak = {"ours": ours}, _peak(ours)
+        runs, peak = {"ours": ours}, peak_memory(ours)
         difference = memory = None
         if installed("diffsort"):
             runs["diffsort"] = theirs = _diffsort(network, n, "cauchy", x, weights, of)
-            difference, memory = float((ours() - theirs()).abs().max() / theirs().abs().max()), _peak(theirs) / peak
+            difference, memory = float((ours() - theirs()).abs().max() / theirs().abs().max()), peak_memory(theirs) / peak
         found = race(runs, budget=3.0)
         ratio = found.ratio("diffsort", "ours") if "diffsort" in runs else None
         table.row(network, n, batch, of, 1e3 * found.seconds("ours"), ratio, difference, peak / 2**20, memory)
@@ -117,7 +117,7 @@ def _diffsort(network: str, n: int, distribution: str, x: Tensor, weights: Tenso
     return run
 
 
-def _peak(run: Callable[[], Tensor]) -> float:
+def peak_memory(run: Callable[[], Tensor]) -> float:
     """The most bytes that torch held at once while it ran, above what it held before."""
     run()
     with torch.profiler.profile(profile_memory=True) as profile:

@@ -22,6 +22,8 @@ LINES = {
     "sudoku_optnet": ["large perceptron 328768 {} {} {} {}", "learned rules 2625 {} {} {} {}", "{} before training, {} learned"],
     "decision_focused": ["squared error {} {} {} {} %", "end to end {} {} {} {} %", "oracle {} {} {} {} %"],
     "mpc_learned_cost": ["large network 1249 {} % {} % {} {} % {} % {}", "learned controller 21 {} % {} % {} {} % {} % {}"],
+    "learning_to_rank": ["squared error {} ± {} {} ± {}", "RankNet {} ± {} {} ± {}", "Spearman loss {} ± {} {} ± {}"],
+    "topk_classification": ["cross-entropy" + 6 * " {} ± {}", "top 1 and top 5" + 6 * " {} ± {}"],
     "relu_convex": [
         "9902 patterns of at most 9902; 9902 - 19800 + 9900 = 2",
         "d optimal value / d beta {} penalty {}",
@@ -29,15 +31,18 @@ LINES = {
         "global optimum, grid {} {} {} {}",
         "global optimum, gradient {} {} {} {}",
     ],
+    "relaxations": ["optimal largest error 0.0625 / s, least slope {}", "logistic from -3.0 to {} in 20 steps"],
+    "sorting_supervision": ["logistic, odd_even 20 {} {} {}", "cauchy, odd_even 20 {} {} {}", "NeuralSort {} {} {} {}", "ranks 1 {} {} {}"],
     "jacobian_descent": ["average {} {} {} × {} × {} {} {} %", "UPGrad {} {} {} × {} × {} {} {} %"],
 }
-OPTIONS = {name: ["--seeds", "1"] for name in ("quickstart", "decision_focused", "mpc_learned_cost")}
+SEEDED = ("quickstart", "decision_focused", "learning_to_rank", "mpc_learned_cost", "topk_classification")
+OPTIONS = {name: ["--seeds", "1"] for name in SEEDED}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
 def test_example_runs_in_short_mode(example: Path, tmp_path: Path) -> None:
-    for package in ("matplotlib", "skfolio", "skimage", "sklearn"):
+    for package in ("matplotlib", "mlxtend", "skfolio", "skimage", "sklearn"):
         pytest.importorskip(package)
     script = Path(shutil.copy(example, tmp_path))  # figures are written beside the script: here, not over those of a full run
     environment = os.environ | {
@@ -57,5 +62,7 @@ def test_example_runs_in_short_mode(example: Path, tmp_path: Path) -> None:
         pattern = r"\s+".join(r"[-+]?\d+\.\d+" if word == "{}" else re.escape(word) for word in line.split())
         assert re.search(pattern, result.stdout), f"{line!r} is not in\n{result.stdout}"
     figures = list((tmp_path / "figures").glob("*.png"))
-    assert [figure.stem for figure in figures] == [example.stem]
-    assert figures[0].stat().st_size > 20_000
+    assert figures
+    for figure in figures:
+        assert figure.stem.startswith(example.stem)
+        assert figure.stat().st_size > 10_000

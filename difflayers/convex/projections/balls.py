@@ -226,7 +226,7 @@ def _direction(x: Tensor) -> Tensor:
 
 
 def _normal_and_gap(x: Tensor, hyperparams: tuple[Tensor, Number]) -> tuple[Tensor, Tensor]:
-    """A and aᵀx − b as ``(*batch, 1)``."""
+    """The normal a, and aᵀx − b as ``(*batch, 1)``."""
     check_rows(x, "x")
     a, b = hyperparams
     a = check_parameter(a, "a", x, (x.shape[-1],))
@@ -240,7 +240,7 @@ def _normal_and_gap(x: Tensor, hyperparams: tuple[Tensor, Number]) -> tuple[Tens
 
 
 def _moved(x: Tensor, a: Tensor, step: Tensor, violated: Tensor) -> tuple[Tensor, Tensor]:
-    """X − step a / aᵀa, and where that is impossible since a is zero."""
+    """The point x − step a / aᵀa, and where that is impossible since a is zero."""
     square = (a * a).sum(-1, keepdim=True)
     zero = square == 0
     point = x - torch.where(zero, 0, step) / torch.where(zero, 1, square) * a

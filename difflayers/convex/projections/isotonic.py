@@ -2,8 +2,8 @@ r"""Isotonic regression, the projection on the cone of monotone sequences.
 
 .. math:: \{p : p_1 \le p_2 \le \dots \le p_n\}, \qquad Π(x) = \arg\min_p \tfrac12 \sum_i w_i (p_i - x_i)^2.
 
-Pooling adjacent violators splits the entries into blocks, and p is the weighted mean of x in each of them. The blocks are found by
-SciPy, row by row and without a derivative; autograd differentiates the means, so the Jacobian averages over blocks.
+Pooling adjacent violators splits the entries into blocks, and p is the weighted mean of x in each of them. The blocks are found
+without a derivative; autograd differentiates the means, so the Jacobian averages over blocks.
 
 References: Best and Chakravarti, Active set algorithms for isotonic regression, Mathematical Programming 47 (1990);
 Djolonga and Krause, Differentiable learning of submodular models, NeurIPS 2017.
@@ -25,6 +25,7 @@ from ...implicit.eager import eager
 from ...implicit.function import ImplicitFunction
 from ...implicit.methods import LinearMethod
 from .arguments import check_parameter, check_rows
+from .pooling import pool
 
 __all__ = ["projection_isotonic"]
 
@@ -82,24 +83,14 @@ class _Pooling(BroadcastingProblem):
 
     def find(self, x0: Tensor, theta: Sequence[Any]) -> Any:
         x, w = torch.broadcast_tensors(*theta)
-        shape = (math.prod(x.shape[:-1]), x.shape[-1])
-        rows, weights = (part.reshape(shape).to("cpu", torch.float64).numpy() for part in (x, w))
-        first = torch.empty(rows.shape, dtype=torch.int64)
-        for i, (row, weight) in enumerate(zip(rows, weights, strict=True)):
-            first[i] = _first_of_block(row, weight)
-        return (x0.clone(), first.reshape(x.shape).to(x.device))
+        n = x.shape[-1]
+        rows, weights = (part.reshape(math.prod(x.shape[:-1]), n).to("cpu", torch.float64).numpy() for part in (x, w))
+        ends = torch.from_numpy(pool(rows, weights))
+        first = torch.repeat_interleave(ends[:-1], ends.diff()).reshape(x.shape)
+        return (x0.clone(), first.remainder(max(n, 1)).to(x.device))
 
     def deeper(self, size: int) -> _Pooling:
         return _Pooling(self.batch_ndim + 1)
-
-
-def _first_of_block(row: Any, weight: Any) -> Tensor:
-    from scipy.optimize import isotonic_regression
-
-    if not len(row):
-        return torch.empty(0, dtype=torch.int64)
-    ends = torch.from_numpy(isotonic_regression(row, weights=weight).blocks).to(torch.int64)
-    return torch.repeat_interleave(ends[:-1], ends.diff())
 
 
 def _nothing(*_: Any) -> Any:

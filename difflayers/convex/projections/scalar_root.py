@@ -1,9 +1,9 @@
 r"""One scalar equation a row, f(u, θ) = 0 with a bracket, as a root problem of the core.
 
-Projections on curved cones reduce to one unknown u a row. f changes its sign once, from negative to positive, between the ends of
-a bracket. Newton's method takes the step where it stays inside and is at most half as long as the step before the last; elsewhere
-the bracket is halved. It cannot fail, and ends with the rounding of f. Derivatives come from the implicit rule, whose linear
-system is a division by ∂f/∂u.
+Projections on curved cones, and soft top-k masks, reduce to one unknown u a row. f changes its sign once, from negative to positive,
+between the ends of a bracket. Newton's method takes the step where it stays inside and is at most half as long as the step before the
+last; elsewhere the bracket is halved. It cannot fail, and ends with the rounding of f. Derivatives come from the implicit rule, whose
+linear system is a division by ∂f/∂u.
 
 Reference: Press, Teukolsky, Vetterling and Flannery, Numerical Recipes, Cambridge 2007, section 9.4.
 """
@@ -28,7 +28,7 @@ _MAX_ITER = 120
 
 
 class Equation(NamedTuple):
-    """f(u, θ) = 0, each function entry by entry on tensors of one shape.
+    """f(u, θ) = 0, each function row by row: u is ``(*batch, 1)``, and so is what they return.
 
     Attributes:
         residual: ``(u, *theta) -> f``, increasing through zero; differentiable in u and θ.
@@ -46,13 +46,13 @@ def scalar_root(equation: Equation, *theta: Tensor) -> Tensor:
 
     Args:
         equation: what u solves.
-        theta: each ``(*batch, 1)``.
+        theta: each ``(*batch, m)`` with its own m; the first one has the whole batch.
 
     Returns:
         ``(*batch, 1)``.
     """
     problem = _ScalarRoot(equation, theta[0].dim() - 1, len(theta))
-    start, *parts = visible_to_modes([torch.zeros_like(theta[0]), *theta])
+    start, *parts = visible_to_modes([torch.zeros_like(theta[0][..., :1]), *theta])
     return solve_implicitly(problem, start, parts).x
 
 
@@ -62,7 +62,8 @@ class _ScalarRoot(BroadcastingProblem):
         self.equation, self.core_ndims = equation, (1,) * count
 
     def find(self, x0: Tensor, theta: Sequence[Any]) -> Solution:
-        u, steps = _bracketed_newton(self.equation, [part.expand_as(x0).flatten() for part in theta])
+        rows = [part.expand(*x0.shape[:-1], part.shape[-1]).reshape(x0.numel(), part.shape[-1]) for part in theta]
+        u, steps = _bracketed_newton(self.equation, rows)
         status = torch.zeros(x0.shape[:-1], dtype=torch.int64, device=x0.device)
         return Solution(u.reshape(x0.shape), status, x0.new_zeros(status.shape), steps.reshape(status.shape))
 
@@ -81,12 +82,12 @@ class _ScalarRoot(BroadcastingProblem):
 
 
 def _bracketed_newton(equation: Equation, theta: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """The roots ``(N,)`` and the steps that each took."""
+    """The roots ``(N, 1)`` and the steps ``(N,)`` that each took."""
     lower, upper = equation.bracket(*theta)
     eps = torch.finfo(lower.dtype).eps
     u = torch.where((lower < 0) & (upper > 0), 0, _between(lower, upper))
     last = before_last = upper - lower
-    roots, steps = u.clone(), torch.zeros(u.shape, dtype=torch.int64, device=u.device)
+    roots, steps = u.clone(), torch.zeros(len(u), dtype=torch.int64, device=u.device)
     rows = torch.arange(len(u), device=u.device)
     for _ in range(_MAX_ITER):
         value = equation.residual(u, *theta)
@@ -101,7 +102,7 @@ def _bracketed_newton(equation: Equation, theta: list[Tensor]) -> tuple[Tensor, 
         before_last, last = last, proposed - u
         u = proposed
         roots[rows], steps[rows] = u, steps[rows] + 1
-        running = ~(ended | (last.abs() <= eps * u.abs()))
+        running = ~(ended | (last.abs() <= eps * u.abs())).squeeze(-1)
         if not bool(running.any()):
             break
         rows, u, lower, upper, last, before_last, *theta = (part[running] for part in (rows, u, lower, upper, last, before_last, *theta))
