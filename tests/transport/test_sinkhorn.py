@@ -16,6 +16,7 @@ from difflayers.errors import ConvergenceWarning, InfeasibleError, NotConvergedE
 from difflayers.solution import Status
 from difflayers.transport import sinkhorn
 from difflayers.transport.marginals import Marginals
+from tests.transport.exact import exact_plan_and_slopes
 from tests.transport.problems import COSTS, marginal, random_cost
 
 
@@ -150,6 +151,22 @@ def test_gradient_of_the_plan_at_a_low_temperature() -> None:
     exact = (8 * (along(1) - along(-1)) - (along(2) - along(-2))) / (12 * step)
     pushed = sum((slope * v).sum() for slope, v in zip(slopes, directions, strict=True))
     assert float((pushed - exact).abs() / exact.abs()) <= 1e-6
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(30))
+def test_against_eighty_digits(seed: int) -> None:
+    n, m, epsilon = 1 + seed % 6, 2 + seed % 5, 10 ** (-3.3 * seed / 29)
+    cost, a, b, G = random_cost(n, m, seed=seed), marginal(n, seed=seed), marginal(m, seed=seed + 1), random_cost(n, m, seed=seed + 2)
+    leaves = [part.requires_grad_() for part in (cost, a, b)]
+    found = sinkhorn(*leaves, epsilon=epsilon)
+    slopes = torch.autograd.grad((found.plan * G).sum(), leaves)
+    plan, exact = exact_plan_and_slopes(*(part.detach() for part in leaves), epsilon, found, G)
+    torch.testing.assert_close(found.plan.detach(), plan, rtol=0, atol=1e-9)
+    torch.testing.assert_close(epsilon * slopes[0], epsilon * exact[0], rtol=0, atol=1e-9)
+    # The constant that may be shifted between a and b: each side's own, and the same for both.
+    shifts = [slope - true for slope, true in zip(slopes[1:], exact[1:], strict=True)]
+    torch.testing.assert_close(torch.cat([shifts[0], -shifts[1]]), shifts[0].mean().expand(n + m), rtol=0, atol=1e-6)
 
 
 def test_two_layers_in_one_loss() -> None:
