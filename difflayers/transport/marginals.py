@@ -96,9 +96,10 @@ class Marginals(BroadcastingProblem):
         lacking = torch.stack([(mass - b.sum(-1)).abs() - self.options.balanced * mass, -a.amin(-1), -b.amin(-1)]).amax(0)
         feasible = lacking <= 0
         a, b = a.clamp(min=0), b.clamp(min=0)
-        # Equal masses to the last digit: what they differ by is rounding, and no plan meets both.
-        b = b * (a.sum(-1) / b.sum(-1).clamp(min=torch.finfo(b.dtype).tiny)).unsqueeze(-1)
-        index = (usable & feasible & (mass > 0)).nonzero().squeeze(-1)
+        mass = a.sum(-1)
+        # Equal masses to the last digit: what they differ by is rounding, or a failure, and no plan meets both.
+        b = b * (mass / b.sum(-1).clamp(min=torch.finfo(b.dtype).tiny)).unsqueeze(-1)
+        index = (usable & (mass > 0) & (b.sum(-1) > 0)).nonzero().squeeze(-1)
         x = x0.new_zeros(C.shape[0], n + m)
         iterations = torch.zeros(C.shape[0], dtype=torch.int64, device=x0.device)
         largest = torch.maximum(C.amax((-1, -2)), -C.amin((-1, -2)))

@@ -90,7 +90,8 @@ def sinkhorn(
         tol: marginal error of a solved element, relative to the mass. None: 1e-10 (float64), 1e-6 (float32). Where ε is so small
             that rounding alone costs more, the rounding counts.
         max_iter: most sweeps, and most Newton steps. None: 10000 and 200.
-        on_failure: ``"raise"``, ``"nan"`` (failed elements are NaN and have zero gradient) or ``"warn"`` (best iterate).
+        on_failure: ``"raise"``, ``"nan"`` (failed elements are NaN and have zero gradient) or ``"warn"`` (best iterate; where the masses
+            differ, the plan for b scaled to the mass of a).
 
     Returns:
         :class:`TransportSolution`.

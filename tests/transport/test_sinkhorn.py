@@ -242,6 +242,10 @@ def test_masses_that_differ_and_negative_marginals_are_named() -> None:
         sinkhorn(cost, a, 1.2 * a)
     with pytest.raises(InfeasibleError, match=r"must not be negative; the smallest entry is -0\.1"):
         sinkhorn(cost, a, torch.tensor([1.1, -0.1], dtype=torch.float64))
+    with pytest.warns(ConvergenceWarning, match="same total mass"):
+        found = sinkhorn(cost, a, 1.2 * a, on_failure="warn")
+    torch.testing.assert_close(found.plan.sum(-1), a)
+    assert found.status == Status.PRIMAL_INFEASIBLE
     # Rounding of the dtype is not a difference.
     sinkhorn(cost.float(), a.float(), a.float() * (1 + 3e-7))
     sinkhorn(cost, a, a * (1 + 1e-12))
