@@ -16,6 +16,7 @@ Uscidda and Cuturi, The Monge gap, ICML 2023, arXiv:2302.04953.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -140,7 +141,8 @@ def monge_gap(
         raise ShapeError(f"mapped_x must have a point for each of x: got {mapped_x.shape[-2]} and {x.shape[-2]}")
     costs = _guarded(cost)(x, mapped_x)
     found = sinkhorn(costs, epsilon=epsilon, tol=tol, max_iter=max_iter, on_failure=on_failure)
-    entropy = torch.as_tensor(epsilon, dtype=costs.dtype, device=costs.device) * torch.tensor(x.shape[-2]).log().to(costs)
+    temperature = epsilon.to(costs.dtype) if isinstance(epsilon, Tensor) else epsilon
+    entropy = temperature * math.log(x.shape[-2])
     return _together(costs.diagonal(dim1=-2, dim2=-1).mean(-1) - found.dual_value - entropy, [found], on_failure)
 
 

@@ -83,6 +83,8 @@ def test_monge_gap(epsilon: float) -> None:
     if epsilon == 0.02:
         assert gaps[1] > 10 * gaps[0]
         assert float(monge_gap(x, x @ convex, epsilon=1e-4).value) <= 1e-4
+    # The identity costs nothing, and but points at one place can be sent anywhere among them.
+    torch.testing.assert_close(monge_gap(0 * x, 0 * x, epsilon=epsilon).value, torch.tensor(epsilon * math.log(30), dtype=torch.float64))
     leaf = (x @ rotation).requires_grad_()
     assert torch.autograd.gradcheck(lambda y: monge_gap(x[:5], y, epsilon=epsilon, tol=1e-14).value, leaf[:5].detach().requires_grad_())
 
