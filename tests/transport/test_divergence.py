@@ -17,7 +17,7 @@ from difflayers.transport import monge_gap, sinkhorn_divergence
 from tests.transport.problems import marginal, random_cost
 
 
-@settings(max_examples=20)
+@settings(max_examples=10)
 @given(st.integers(1, 8), st.integers(1, 8), st.floats(-3, 1), st.integers(0, 10_000))
 def test_zero_for_equal_clouds_and_never_negative(n: int, m: int, log_epsilon: float, seed: int) -> None:
     x, y, epsilon = random_cost(n, 2, seed=seed), random_cost(m, 2, seed=seed + 1), 10**log_epsilon
@@ -58,7 +58,7 @@ def test_gradients_and_batches() -> None:
     def value(x: Tensor, y: Tensor, logits: Tensor) -> Tensor:
         return sinkhorn_divergence(x, y, logits.softmax(-1), epsilon=0.1, tol=1e-14).value
 
-    assert torch.autograd.gradcheck(value, (x, y, logits), check_forward_ad=True)
+    assert torch.autograd.gradcheck(value, (x, y, logits), check_forward_ad=True, fast_mode=True)
     assert torch.autograd.gradgradcheck(value, (x, y, logits), fast_mode=True)
     loop = torch.stack([value(part, y, logits) for part in x])
     torch.testing.assert_close(value(x, y, logits), loop)
