@@ -80,7 +80,6 @@ def _timed(prepare: Run | None, run: Callable[..., Any], repeats: int) -> float:
 
 def peak_memory(run: Run) -> int:
     """The most bytes that torch's allocator held at once while ``run`` ran, above what it held before."""
-    run()
     with torch.profiler.profile(profile_memory=True) as profile:
         run()
     held = most = 0
