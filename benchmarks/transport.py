@@ -1,9 +1,9 @@
 """Entropic transport beside POT: time and memory of a plan loss with its gradient, and how wrong the gradient is.
 
 ``python -m benchmarks.transport``, with ``--all`` for large point clouds. POT runs its log-domain method with the torch backend: unrolled
-(autograd follows the sweeps) and with ``grad="last_step"``. The published implicit differentiation (Eisenberger et al. 2022) is restated on the plan that POT ends with:
-the marginal equations, one of them dropped, solved by LU. The reference is Newton's method on all the marginal equations in NumPy,
-started from our potentials, and the adjoint system at its end. Memory is the most that torch held at once.
+(autograd follows the sweeps) and with ``grad="last_step"``. The published implicit differentiation (Eisenberger et al. 2022) is
+restated on the plan that POT ends with: the marginal equations, one of them dropped, solved by LU. The reference is Newton's method on all
+the marginal equations in NumPy, started from our potentials, and the adjoint system at its end. Memory is the most that torch held at once.
 """
 
 from __future__ import annotations
