@@ -26,11 +26,19 @@ tensor([[ 0.5000, -0.5000,  0.0000]])
 ======================== ==========================================================================
 """
 
-from . import convex, errors, implicit, solvers, sorting, transport
-from .convex import CvxpyLayer, Projection, QPLayer
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from . import errors
 from .solution import Solution, Status
-from .sorting import SortingNetwork
-from .transport import SinkhornLayer
+
+if TYPE_CHECKING:
+    from . import convex, implicit, solvers, sorting, transport
+    from .convex import CvxpyLayer, Projection, QPLayer
+    from .sorting import SortingNetwork
+    from .transport import SinkhornLayer
 
 __version__ = "0.1.0"
 
@@ -50,3 +58,25 @@ __all__ = [
     "sorting",
     "transport",
 ]
+
+# Where the layers are: a family is imported when it is first used.
+_FAMILY = {
+    "CvxpyLayer": "convex",
+    "Projection": "convex",
+    "QPLayer": "convex",
+    "SinkhornLayer": "transport",
+    "SortingNetwork": "sorting",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _FAMILY:
+        value = globals()[name] = getattr(import_module(f".{_FAMILY[name]}", __name__), name)
+        return value
+    if name in __all__:
+        return import_module(f".{name}", __name__)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__
