@@ -13,7 +13,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from benchmarks.timing import Table, describe_machine, installed, one_thread, race
+from benchmarks.timing import Table, describe_machine, installed, one_thread, peak_memory, race
 from difflayers.sorting import SortingNetwork
 from difflayers.sorting.relaxations import DISTRIBUTIONS
 
@@ -115,19 +115,6 @@ def _diffsort(network: str, n: int, distribution: str, x: Tensor, weights: Tenso
         return torch.autograd.grad(loss, x)[0]
 
     return run
-
-
-def peak_memory(run: Callable[[], Tensor]) -> float:
-    """The most bytes that torch held at once while it ran, above what it held before."""
-    run()
-    with torch.profiler.profile(profile_memory=True) as profile:
-        run()
-    held = most = 0
-    for event in profile.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            held += event.nbytes()
-            most = max(most, held)
-    return float(most)
 
 
 if __name__ == "__main__":

@@ -13,8 +13,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from benchmarks.sorting import peak_memory
-from benchmarks.timing import Table, describe_machine, one_thread, race
+from benchmarks.timing import Table, describe_machine, one_thread, peak_memory, race
 from difflayers.sorting import SortingNetwork, soft_argsort, soft_rank, soft_sort
 
 Layer = Callable[[Tensor], Tensor]
