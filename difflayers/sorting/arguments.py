@@ -18,6 +18,11 @@ Strength = Tensor | float
 def check_choice(value: str, name: str, known: Sequence[str]) -> None:
     """Refuse a name that is not known.
 
+    Args:
+        value: what came.
+        name: what the message calls it.
+        known: what may come.
+
     Raises:
         ValueError: with those that are.
     """

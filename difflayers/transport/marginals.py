@@ -56,7 +56,15 @@ class Options(NamedTuple):
 
 
 def plan_of(potentials: Tensor, cost: Tensor, a: Tensor, b: Tensor, epsilon: Tensor) -> Tensor:
-    """The plan ``(*batch, n, m)`` of potentials ``(*batch, n + m)``; zero where a marginal is, and below e^FLOOR."""
+    """The plan ``(*batch, n, m)``; zero where a marginal is, and below e^FLOOR.
+
+    Args:
+        potentials: (f, g), ``(*batch, n + m)``.
+        cost: ``(*batch, n, m)``.
+        a: ``(*batch, n)``.
+        b: ``(*batch, m)``.
+        epsilon: ``(*batch,)``.
+    """
     phi, gamma = _scaled(potentials, a, b, epsilon)
     exponent = cost / -epsilon[..., None, None] + phi.unsqueeze(-1) + gamma.unsqueeze(-2)
     # Thresholds, whose derivatives cost less than those of clamp and where.

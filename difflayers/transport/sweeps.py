@@ -60,7 +60,13 @@ class Swept(NamedTuple):
 
 
 def log_sums(X: Tensor, potential: Tensor, dim: int) -> Tensor:
-    """log Σ exp(potential − X), over the columns (``dim=-1``) or the rows (``dim=-2``)."""
+    """log Σ exp(potential − X), over the columns (``dim=-1``) or the rows (``dim=-2``).
+
+    Args:
+        X: ``(N, n, m)``.
+        potential: ``(N, m)`` for sums over the columns, ``(N, n)`` over the rows.
+        dim: what is summed over.
+    """
     Z = potential.unsqueeze(-3 - dim) - X
     top = Z.amax(dim, keepdim=True)
     return Z.sub_(top).clamp_(min=FLOOR).exp_().sum(dim).log_().add_(top.squeeze(dim))
