@@ -61,6 +61,12 @@ def _logistic_density(v: Tensor) -> Tensor:
     return torch.sigmoid(v) * torch.sigmoid(-v)
 
 
+def _reciprocal_cdf(v: Tensor) -> Tensor:
+    # Not by abs, whose derivative at zero is none; and no ∞/∞ where v overflows.
+    tail = 1 / (2 + torch.where(v < 0, -v, v))
+    return torch.where(v < 0, tail, 1 - tail)
+
+
 def _optimal_cdf(v: Tensor) -> Tensor:
     return torch.where(v.abs() <= 0.25, 0.5 + v, 0.5 + v.sign() * (0.5 - 1 / (16 * _beyond(v))))
 
@@ -83,7 +89,7 @@ DISTRIBUTIONS: dict[str, Distribution] = {
     "gaussian": Distribution(
         lambda v: 0.5 * torch.erfc(-v / math.sqrt(2)), lambda v: torch.exp(-0.5 * v * v) / math.sqrt(2 * math.pi), monotone=False
     ),
-    "reciprocal": Distribution(lambda v: 0.5 + 0.5 * v / (2 + v.abs()), lambda v: (2 + v.abs()) ** -2, monotone=True),
+    "reciprocal": Distribution(_reciprocal_cdf, lambda v: (2 + v.abs()) ** -2, monotone=True),
     "optimal": Distribution(_optimal_cdf, _optimal_density, monotone=True),
 }
 

@@ -102,6 +102,20 @@ def test_error_of_logistic_phi_is_not_bounded_by_the_steepness_alone() -> None:
     ).max() * 100 < 0.2785  # ... and is below the logistic one for steep ones
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_a_product_that_overflows_is_a_hard_swap(name: str) -> None:
+    d = torch.tensor([3e38, -3e38])
+    assert ConditionalSwap(name, 10.0, 0.25).weight(d).tolist() == pytest.approx([0.0, 1.0], abs=1e-6)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_autograd_has_the_slope_of_a_tie(name: str) -> None:
+    swap, zero = ConditionalSwap(name, 2.0, 0.25), torch.zeros(1, dtype=torch.float64, requires_grad=True)
+    (slope,) = torch.autograd.grad(swap.weight(zero), zero)
+    near = torch.tensor([1e-13], dtype=torch.float64)
+    torch.testing.assert_close(slope, (swap.weight(near) - swap.weight(-near)) / 2e-13, rtol=5e-3, atol=0)
+
+
 @given(st.sampled_from(NAMES), st.floats(-1e6, 1e6), st.floats(0.01, 1e4))
 def test_weights_are_probabilities(name: str, d: float, steepness: float) -> None:
     weight = ConditionalSwap(name, steepness, 0.25).weight(torch.tensor(d, dtype=torch.float64))
