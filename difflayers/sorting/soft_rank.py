@@ -87,15 +87,19 @@ def soft_sort(
     """
     check_choice(regularization, "regularization", ("l2", "kl"))
     x, strength, wanted = rows_and_strength(x, regularization_strength, dim)
-    group, base, block, level, size, *shift = _blocks(_Sorted(x.dim() - 1, strength, regularization == "kl", not descending), x, strength)
-    sign = 1 if descending else -1
-    if regularization == "l2":
-        values = torch.addcdiv(level, _sums(x - base, group, block), size)
+    kl = regularization == "kl"
+    mirrored = kl and not descending
+    z, last, size, _ = _sorted_in_blocks(_Sorted(x.dim() - 1, strength, kl), -x if mirrored else x, strength)
+    base = z.detach().gather(-1, last)
+    places = torch.arange(z.shape[-1], dtype=z.dtype, device=z.device)
+    if kl:
+        # From a block's largest value, by which its sum is that of the others and 1.
+        steps = _log_geometric_sums(places + 1, strength).expand(z.shape).gather(-1, size - 1)
+        values = base + (places - last) / strength + (_sums(torch.exp(z - base), last).log() - steps)
     else:
-        values = level + sign * (_sums(torch.exp(sign * (x - base)), group, block).log() - _log_geometric_sum(size, strength))
-    if shift:
-        values = values + shift[0] / strength
-    return values.to(wanted).movedim(-1, dim)
+        values = base + (places - last + (size - 1) / 2) / strength + _sums(z - base, last) / size
+    values = -values if mirrored else values
+    return (values.flip(-1) if kl or descending else values).to(wanted).movedim(-1, dim)
 
 
 @eager
@@ -142,49 +146,53 @@ def soft_rank(
     x, strength, wanted = rows_and_strength(x, regularization_strength, dim)
     # Infinite entries are in blocks of their own, where they must not meet as inf − inf.
     x = (-x if descending else x).clamp(-_LARGEST, _LARGEST)
-    group, base, size, middle = _blocks(_Ranked(x.dim() - 1, strength, regularization == "kl"), x, strength)
-    deviation = (x - base) / strength
+    z, last, size, order = _sorted_in_blocks(_Ranked(x.dim() - 1, strength, regularization == "kl"), x, strength)
+    deviation = (z - z.detach().gather(-1, last)) / strength
+    middle = last + (3 - size) / 2
     if regularization == "l2":
-        ranks = deviation - _sums(deviation, group, group) / size + middle
+        ranks = deviation - _sums(deviation, last) / size + middle
     else:
         weight = torch.exp(deviation)
-        ranks = size * middle * weight / _sums(weight, group, group)
-    return ranks.to(wanted).movedim(-1, dim)
+        ranks = size * middle * weight / _sums(weight, last)
+    return torch.zeros_like(ranks).scatter(-1, order, ranks).to(wanted).movedim(-1, dim)
 
 
-def _sums(values: Tensor, group: Tensor, block: Tensor) -> Tensor:
-    """The sums of the values of each group, as each place of a block wants them."""
-    return torch.zeros_like(values).scatter_add_(-1, group, values).gather(-1, block)
+def _sums(values: Tensor, last: Tensor) -> Tensor:
+    """The sum over its block at each place, where ``last`` points to the last place of the block."""
+    return torch.zeros_like(values).scatter_add_(-1, last, values).gather(-1, last)
 
 
-def _log_geometric_sum(count: Tensor, strength: float | Tensor) -> float | Tensor:
+def _log_geometric_sums(counts: Tensor, strength: float | Tensor) -> Tensor:
     """log Σ exp(−i / ε) over i < count."""
-    if isinstance(strength, Tensor):
-        return torch.log(-torch.expm1(-count / strength)) - torch.log(-torch.expm1(-1 / strength))
-    return torch.log(-torch.expm1(-count / strength)) - math.log(-math.expm1(-1 / strength))
+    return torch.log(-torch.expm1(-counts / strength)) - torch.log(-torch.expm1(-counts[:1] / strength))
 
 
-def _blocks(problem: _Pooled, x: Tensor, strength: float | Tensor) -> tuple[Tensor, ...]:
+def _sorted_in_blocks(problem: _Pooled, x: Tensor, strength: float | Tensor) -> tuple[Tensor, ...]:
+    """x in ascending order; for each place the last place of its block, and how many there are; the entry at each place."""
     operands = [x.detach(), strength.detach()] if isinstance(strength, Tensor) else [x.detach()]
     modes = torch._C._len_torch_function_stack() or torch._C._functorch.peek_interpreter_stack() is not None
     if not modes and forward_ad._current_level < 0 and not any(map(torch._C._functorch.is_legacy_batchedtensor, operands)):
-        return problem.find(x.new_zeros(0), operands)[1:]  # nothing to see through: a Function costs as much as a row
-    return ImplicitFunction.apply(problem, x.new_zeros(0), *visible_to_modes(operands))[1:]
+        found = problem.find(x.new_zeros(0), operands)  # nothing to see through: a Function costs as much as a row
+    else:
+        found = ImplicitFunction.apply(problem, x.new_zeros(0), *visible_to_modes(operands))
+    _, order, last, size, spoilt = found
+    return x.expand(order.shape).gather(-1, order) + spoilt, last, size, order
 
 
 class _Pooled(BroadcastingProblem):
-    """The blocks of each row, found on plain tensors for all elements of all vmaps at once.
+    """The order of each row and its blocks, found on plain tensors for all elements of all vmaps at once.
 
-    What it returns carries no derivative; entries of x and places in the sorted order point to their block by the index of its first place.
+    Nothing that it returns carries a derivative: the entry at each place, the last place of its block, how many there are, and for each row
+    a zero, or a NaN where something is not finite or a strength not positive. Equal entries are in any order.
     """
 
-    def __init__(self, batch_ndim: int, strength: float | Tensor, kl: bool, mirrored: bool = False) -> None:
+    def __init__(self, batch_ndim: int, strength: float | Tensor, kl: bool) -> None:
         super().__init__(_nothing, _nothing, LinearMethod(), batch_ndim=batch_ndim)
         self.core_ndims = (1, 1) if isinstance(strength, Tensor) else (1,)
-        self.strength, self.kl, self.mirrored = strength, kl, mirrored
+        self.strength, self.kl = strength, kl
 
     def deeper(self, size: int) -> _Pooled:
-        return type(self)(self.batch_ndim + 1, self.strength, self.kl, self.mirrored)
+        return type(self)(self.batch_ndim + 1, self.strength, self.kl)
 
     def find(self, x0: Tensor, theta: Sequence[Any]) -> Any:
         x, strength = theta if len(theta) == 2 else (theta[0], self.strength)
@@ -194,114 +202,51 @@ class _Pooled(BroadcastingProblem):
             strength = strength.expand(*shape[:-1], 1).reshape(-1, 1).cpu().numpy()
         n = shape[-1]
         rows = x.expand(shape).reshape(math.prod(shape[:-1]), n).cpu().numpy()
-        found = [torch.empty(rows.shape, dtype=dtype) for dtype in self.dtypes()]
+        found = [torch.empty(rows.shape, dtype=torch.int64) for _ in range(3)]
+        found.append(torch.zeros(len(rows), 1, dtype=torch.float64))
         arrays = [part.numpy() for part in found]
         count = max(_AT_ONCE // max(n, 1), 1)
         for begin in range(0, len(rows), count) if n else ():
             part = slice(begin, begin + count)
-            self.describe(rows[part], strength[part] if isinstance(strength, np.ndarray) else strength, [array[part] for array in arrays])
-        return (x0.clone(), *(part.reshape(shape).to(x.device) for part in found))
+            self.describe(rows[part], strength[part] if isinstance(strength, np.ndarray) else strength, *(array[part] for array in arrays))
+        return (x0.clone(), *(part.reshape(*shape[:-1], part.shape[-1]).to(x.device) for part in found))
 
-    def describe(self, rows: np.ndarray, strength: Any, found: Sequence[np.ndarray]) -> None:
-        """Pool some rows ``(count, n)``, and write down what the formulas need to know of the blocks."""
+    def describe(
+        self, rows: np.ndarray, strength: Any, order: np.ndarray, last: np.ndarray, size: np.ndarray, spoilt: np.ndarray
+    ) -> None:
+        """Sort and pool some rows ``(count, n)``, and write down what is found."""
         count, n = rows.shape
-        rows = -rows if self.mirrored else rows
-        order = rows.argsort(1)
-        order += np.arange(0, rows.size, n)[:, None]
-        order = order.ravel()
-        z = rows.take(order).reshape(count, n)
+        begins = np.arange(0, rows.size, n)[:, None]
+        order[:] = rows.argsort(1)
+        z = rows.take(order + begins)
         with np.errstate(all="ignore"):  # what is not finite is seen at the end
             y, log_weights = self.regression(z, strength)
         broken = ~(np.isfinite(y[:, :1]) & np.isfinite(y[:, -1:]) & (strength > 0))
         if broken.any():
             y, log_weights = np.where(broken, 0, y), np.where(broken, 0, log_weights)
-            z = np.where(broken, np.nan, z)
+            spoilt[broken] = np.nan
         ends = pool_exponentials(y, log_weights) if self.kl else pool(y)
-        block = np.zeros(rows.size, dtype=np.intp)
-        block[ends[1:-1]] = 1
-        self.spread(order, -z if self.mirrored else z, strength, ends[:-1], np.diff(ends), np.cumsum(block, out=block), found)
-
-    def dtypes(self) -> Sequence[torch.dtype]:
-        """Those of what :meth:`spread` writes."""
-        raise NotImplementedError
+        sizes = np.diff(ends)
+        np.subtract(np.repeat(ends[1:] - 1, sizes).reshape(count, n), begins, out=last)
+        size[:] = np.repeat(sizes, sizes).reshape(count, n)
 
     def regression(self, z: np.ndarray, strength: Any) -> tuple[np.ndarray, np.ndarray]:
         """What is regressed on increasing sequences, up to a factor, for ascending rows; for kl its logarithm, and those of the weights."""
         raise NotImplementedError
 
-    def spread(
-        self, order: np.ndarray, z: np.ndarray, strength: Any, begin: np.ndarray, size: np.ndarray, block: np.ndarray, found: Sequence[Any]
-    ) -> None:
-        """Write down what the formulas need to know, for each entry and each place.
-
-        Args:
-            order: the entry at each place.
-            z: what is there.
-            strength: a number, or one for each row.
-            begin: the first place of each block.
-            size: how many there are.
-            block: the number of the block at each place.
-            found: ``(count, n)`` each, to be filled.
-        """
-        raise NotImplementedError
-
 
 class _Sorted(_Pooled):
-    def dtypes(self) -> Sequence[torch.dtype]:
-        shift = [torch.float64] if isinstance(self.strength, Tensor) else []
-        return (torch.int64, torch.float64, torch.int64, torch.float64, torch.float64, *shift)
-
     def regression(self, z: np.ndarray, strength: Any) -> tuple[np.ndarray, np.ndarray]:
         place, z = np.arange(z.shape[1]), z - z[:, :1]
         return (place / strength - z, z) if self.kl else (place - strength * z, z)
 
-    def spread(
-        self, order: np.ndarray, z: np.ndarray, strength: Any, begin: np.ndarray, size: np.ndarray, block: np.ndarray, found: Sequence[Any]
-    ) -> None:
-        group, base, *places = found
-        first, level = begin % z.shape[1], z.take(begin + size - 1)
-        _write(_inverse(order, block, z.shape), (first, level), (group, base))
-        shift = np.arange(z.size, dtype=z.dtype)
-        shift -= (begin + size - 1.0 if self.kl else begin + (size - 1) / 2).take(block)
-        shift = (-shift if self.mirrored else shift).reshape(z.shape)
-        values = level.take(block).reshape(z.shape)
-        if isinstance(self.strength, Tensor):
-            places.pop()[:] = shift[:, ::-1]
-        else:
-            values += shift / strength
-        # Rows were sorted the other way round.
-        for part, source in zip(places, (first.take(block), values, size.take(block)), strict=True):
-            part[:] = source.reshape(z.shape)[:, ::-1]
-
 
 class _Ranked(_Pooled):
-    def dtypes(self) -> Sequence[torch.dtype]:
-        return (torch.int64, torch.float64, torch.float64, torch.float64)
-
     def regression(self, z: np.ndarray, strength: Any) -> tuple[np.ndarray, np.ndarray]:
         rank = np.arange(1.0, z.shape[1] + 1)
         log_rank = np.broadcast_to(np.log(rank), z.shape)
         z = _without_infinities(z, strength * len(rank)) if (np.abs(z[:, [0, -1]]) >= _LARGEST).any() else z - z[:, :1]
         return (z / strength - log_rank, log_rank) if self.kl else (z - strength * rank, log_rank)
-
-    def spread(
-        self, order: np.ndarray, z: np.ndarray, strength: Any, begin: np.ndarray, size: np.ndarray, block: np.ndarray, found: Sequence[Any]
-    ) -> None:
-        first = begin % z.shape[1]
-        _write(_inverse(order, block, z.shape), (first, z.take(begin + size - 1), size, first + (size + 1) / 2), found)
-
-
-def _inverse(order: np.ndarray, block: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """The number of the block of each entry."""
-    inverse = np.empty_like(block)
-    inverse[order] = block
-    return inverse.reshape(shape)
-
-
-def _write(block: np.ndarray, sources: Sequence[np.ndarray], found: Sequence[np.ndarray]) -> None:
-    """What is known of each block, to each of its entries."""
-    for source, part in zip(sources, found, strict=True):
-        np.take(source.astype(part.dtype, copy=False), block, out=part, mode="clip")
 
 
 def _without_infinities(z: np.ndarray, apart: Any) -> np.ndarray:

@@ -37,8 +37,8 @@ def pool(y: np.ndarray, weights: np.ndarray | None = None) -> np.ndarray:
         weights: ``(rows, n)``, positive; None for equal ones.
     """
     rows, n = y.shape
-    if not y.size:
-        return np.zeros(1, dtype=np.intp)
+    if _all_apart(y):
+        return np.arange(y.size + 1)
     low = y.min(1, keepdims=True)
     # A power of two, so that levels that are equal stay equal.
     width = np.ldexp(1.0, np.frexp(y.max(1, keepdims=True) - low)[1])
@@ -56,8 +56,8 @@ def pool_exponentials(log_y: np.ndarray, log_weights: np.ndarray) -> np.ndarray:
         log_weights: ``(rows, n)``, finite.
     """
     rows, n = log_y.shape
-    if not log_y.size:
-        return np.zeros(1, dtype=np.intp)
+    if _all_apart(log_y):
+        return np.arange(log_y.size + 1)
     t, log_w = log_y.ravel(), log_weights.ravel()
     if max(np.ptp(log_y, 1).max(), np.ptp(log_weights, 1).max()) <= _REACH:
         return _stacked(t, log_w, np.arange(0, rows * n, n))
@@ -75,6 +75,11 @@ def pool_exponentials(log_y: np.ndarray, log_weights: np.ndarray) -> np.ndarray:
             ends = _stacked(t[narrow], log_w[narrow], _begins(begin, wide, len(t)))
             starts[rest[ends[:-1]]] = True
     return np.append(np.flatnonzero(starts), rows * n)
+
+
+def _all_apart(y: np.ndarray) -> bool:
+    """Whether there is nothing to pool."""
+    return bool((y[:, 1:] > y[:, :-1]).all())
 
 
 def _begins(begin: np.ndarray, dropped: np.ndarray, size: int) -> np.ndarray:
