@@ -43,7 +43,7 @@ from .arguments import Strength, check_choice, rows_and_strength
 __all__ = ["soft_rank", "soft_sort"]
 
 _LARGEST = 1e300  # what an infinite entry is counted as
-_AT_ONCE = 8192  # entries that are pooled together, so that what is made on the way stays in the cache
+_AT_ONCE = 32768  # entries that are pooled together, so that what is made on the way stays in the cache
 
 
 @eager
@@ -89,15 +89,13 @@ def soft_sort(
     x, strength, wanted = rows_and_strength(x, regularization_strength, dim)
     kl = regularization == "kl"
     mirrored = kl and not descending
-    z, last, size, _ = _sorted_in_blocks(_Sorted(x.dim() - 1, strength, kl), -x if mirrored else x, strength)
-    base = z.detach().gather(-1, last)
-    places = torch.arange(z.shape[-1], dtype=z.dtype, device=z.device)
+    z, _, last, base, middle, size = _sorted_in_blocks(_Sorted(x.dim() - 1, strength, kl), -x if mirrored else x, strength)
+    rank = torch.arange(1, z.shape[-1] + 1, dtype=z.dtype, device=z.device)
     if kl:
-        # From a block's largest value, by which its sum is that of the others and 1.
-        steps = _log_geometric_sums(places + 1, strength).expand(z.shape).gather(-1, size - 1)
-        values = base + (places - last) / strength + (_sums(torch.exp(z - base), last).log() - steps)
+        steps = (rank - 1 - last) / strength - _log_geometric_sum(rank, strength).expand(z.shape).gather(-1, (size - 1).long())
+        values = base + (_sums(torch.exp(z - base), last).log() + steps)
     else:
-        values = base + (places - last + (size - 1) / 2) / strength + _sums(z - base, last) / size
+        values = torch.addcdiv(base + (rank - middle) / strength, _sums(z - base, last), size)
     values = -values if mirrored else values
     return (values.flip(-1) if kl or descending else values).to(wanted).movedim(-1, dim)
 
@@ -146,15 +144,15 @@ def soft_rank(
     x, strength, wanted = rows_and_strength(x, regularization_strength, dim)
     # Infinite entries are in blocks of their own, where they must not meet as inf − inf.
     x = (-x if descending else x).clamp(-_LARGEST, _LARGEST)
-    z, last, size, order = _sorted_in_blocks(_Ranked(x.dim() - 1, strength, regularization == "kl"), x, strength)
-    deviation = (z - z.detach().gather(-1, last)) / strength
-    middle = last + (3 - size) / 2
+    problem = _Ranked(x.dim() - 1, strength, regularization == "kl")
+    z, order, last, base, middle, size = _sorted_in_blocks(problem, x, strength)
+    deviation = (z - base) / strength
     if regularization == "l2":
-        ranks = deviation - _sums(deviation, last) / size + middle
+        ranks = torch.addcdiv(deviation, _sums(deviation, last), size, value=-1) + middle
     else:
         weight = torch.exp(deviation)
         ranks = size * middle * weight / _sums(weight, last)
-    return torch.zeros_like(ranks).scatter(-1, order, ranks).to(wanted).movedim(-1, dim)
+    return torch.zeros_like(ranks).scatter_add_(-1, order, ranks).to(wanted).movedim(-1, dim)
 
 
 def _sums(values: Tensor, last: Tensor) -> Tensor:
@@ -162,28 +160,29 @@ def _sums(values: Tensor, last: Tensor) -> Tensor:
     return torch.zeros_like(values).scatter_add_(-1, last, values).gather(-1, last)
 
 
-def _log_geometric_sums(counts: Tensor, strength: float | Tensor) -> Tensor:
-    """log Σ exp(−i / ε) over i < count."""
-    return torch.log(-torch.expm1(-counts / strength)) - torch.log(-torch.expm1(-counts[:1] / strength))
+def _log_geometric_sum(count: Tensor, strength: float | Tensor) -> Tensor:
+    """log Σ exp(−i / ε) over i < count, for the counts 1, 2, ..."""
+    logs = torch.log(-torch.expm1(-count / strength))
+    return logs - logs[..., :1]
 
 
 def _sorted_in_blocks(problem: _Pooled, x: Tensor, strength: float | Tensor) -> tuple[Tensor, ...]:
-    """x in ascending order; for each place the last place of its block, and how many there are; the entry at each place."""
+    """x in ascending order, and what the problem finds."""
     operands = [x.detach(), strength.detach()] if isinstance(strength, Tensor) else [x.detach()]
     modes = torch._C._len_torch_function_stack() or torch._C._functorch.peek_interpreter_stack() is not None
     if not modes and forward_ad._current_level < 0 and not any(map(torch._C._functorch.is_legacy_batchedtensor, operands)):
         found = problem.find(x.new_zeros(0), operands)  # nothing to see through: a Function costs as much as a row
     else:
         found = ImplicitFunction.apply(problem, x.new_zeros(0), *visible_to_modes(operands))
-    _, order, last, size, spoilt = found
-    return x.expand(order.shape).gather(-1, order) + spoilt, last, size, order
+    return x.expand(found[1].shape).gather(-1, found[1]), *found[1:]
 
 
 class _Pooled(BroadcastingProblem):
     """The order of each row and its blocks, found on plain tensors for all elements of all vmaps at once.
 
-    Nothing that it returns carries a derivative: the entry at each place, the last place of its block, how many there are, and for each row
-    a zero, or a NaN where something is not finite or a strength not positive. Equal entries are in any order.
+    Nothing that it returns carries a derivative. For each place in ascending order, counted from zero, it is the entry that is there, and
+    of its block the last place, the value there, the mean rank and the size. The value is NaN where something in the row is not finite, or
+    the strength is not positive. Equal entries are in any order.
     """
 
     def __init__(self, batch_ndim: int, strength: float | Tensor, kl: bool) -> None:
@@ -202,33 +201,34 @@ class _Pooled(BroadcastingProblem):
             strength = strength.expand(*shape[:-1], 1).reshape(-1, 1).cpu().numpy()
         n = shape[-1]
         rows = x.expand(shape).reshape(math.prod(shape[:-1]), n).cpu().numpy()
-        found = [torch.empty(rows.shape, dtype=torch.int64) for _ in range(3)]
-        found.append(torch.zeros(len(rows), 1, dtype=torch.float64))
+        found = [torch.empty(rows.shape, dtype=dtype) for dtype in (torch.int64, torch.int64, *[torch.float64] * 3)]
         arrays = [part.numpy() for part in found]
         count = max(_AT_ONCE // max(n, 1), 1)
         for begin in range(0, len(rows), count) if n else ():
             part = slice(begin, begin + count)
-            self.describe(rows[part], strength[part] if isinstance(strength, np.ndarray) else strength, *(array[part] for array in arrays))
-        return (x0.clone(), *(part.reshape(*shape[:-1], part.shape[-1]).to(x.device) for part in found))
+            self.describe(rows[part], strength[part] if isinstance(strength, np.ndarray) else strength, [array[part] for array in arrays])
+        return (x0.clone(), *(part.reshape(shape).to(x.device) for part in found))
 
-    def describe(
-        self, rows: np.ndarray, strength: Any, order: np.ndarray, last: np.ndarray, size: np.ndarray, spoilt: np.ndarray
-    ) -> None:
+    def describe(self, rows: np.ndarray, strength: Any, found: Sequence[np.ndarray]) -> None:
         """Sort and pool some rows ``(count, n)``, and write down what is found."""
         count, n = rows.shape
-        begins = np.arange(0, rows.size, n)[:, None]
+        order, last, base, middle, size = found
+        above = np.arange(0, rows.size, n)[:, None]
         order[:] = rows.argsort(1)
-        z = rows.take(order + begins)
+        z = rows.take(order + above)
         with np.errstate(all="ignore"):  # what is not finite is seen at the end
             y, log_weights = self.regression(z, strength)
         broken = ~(np.isfinite(y[:, :1]) & np.isfinite(y[:, -1:]) & (strength > 0))
         if broken.any():
             y, log_weights = np.where(broken, 0, y), np.where(broken, 0, log_weights)
-            spoilt[broken] = np.nan
+            z = np.where(broken, np.nan, z)
         ends = pool_exponentials(y, log_weights) if self.kl else pool(y)
         sizes = np.diff(ends)
-        np.subtract(np.repeat(ends[1:] - 1, sizes).reshape(count, n), begins, out=last)
-        size[:] = np.repeat(sizes, sizes).reshape(count, n)
+        size[:], end = (np.repeat(part, sizes).reshape(count, n) for part in (sizes, ends[1:] - 1))
+        np.take(z, end, out=base, mode="clip")
+        np.subtract(end, above, out=last)
+        np.multiply(size - 3, -0.5, out=middle)
+        middle += last
 
     def regression(self, z: np.ndarray, strength: Any) -> tuple[np.ndarray, np.ndarray]:
         """What is regressed on increasing sequences, up to a factor, for ascending rows; for kl its logarithm, and those of the weights."""
