@@ -201,13 +201,14 @@ class _Pooled(BroadcastingProblem):
             strength = strength.expand(*shape[:-1], 1).reshape(-1, 1).cpu().numpy()
         n = shape[-1]
         rows = x.expand(shape).reshape(math.prod(shape[:-1]), n).cpu().numpy()
-        found = [torch.empty(rows.shape, dtype=dtype) for dtype in (torch.int64, torch.int64, *[torch.float64] * 3)]
-        arrays = [part.numpy() for part in found]
+        places = torch.empty(2, *rows.shape, dtype=torch.int64)
+        numbers = torch.empty(3, *rows.shape, dtype=torch.float64)
+        arrays = [*places.numpy(), *numbers.numpy()]
         count = max(_AT_ONCE // max(n, 1), 1)
         for begin in range(0, len(rows), count) if n else ():
             part = slice(begin, begin + count)
             self.describe(rows[part], strength[part] if isinstance(strength, np.ndarray) else strength, [array[part] for array in arrays])
-        return (x0.clone(), *(part.reshape(shape).to(x.device) for part in found))
+        return (x0.clone(), *places.view(2, *shape).to(x.device), *numbers.view(3, *shape).to(x.device))
 
     def describe(self, rows: np.ndarray, strength: Any, found: Sequence[np.ndarray]) -> None:
         """Sort and pool some rows ``(count, n)``, and write down what is found."""
@@ -244,9 +245,11 @@ class _Sorted(_Pooled):
 class _Ranked(_Pooled):
     def regression(self, z: np.ndarray, strength: Any) -> tuple[np.ndarray, np.ndarray]:
         rank = np.arange(1.0, z.shape[1] + 1)
-        log_rank = np.broadcast_to(np.log(rank), z.shape)
         z = _without_infinities(z, strength * len(rank)) if (np.abs(z[:, [0, -1]]) >= _LARGEST).any() else z - z[:, :1]
-        return (z / strength - log_rank, log_rank) if self.kl else (z - strength * rank, log_rank)
+        if not self.kl:
+            return z - strength * rank, z
+        log_rank = np.log(rank)
+        return z / strength - log_rank, np.broadcast_to(log_rank, z.shape)
 
 
 def _without_infinities(z: np.ndarray, apart: Any) -> np.ndarray:
