@@ -127,27 +127,38 @@ def _capped(t: Tensor) -> Tensor:
     return t.clamp(0, 1)
 
 
-def _equation(mask: Callable[[Tensor], Tensor], slope: Callable[[Tensor, Tensor], Tensor], reach: Callable[[int], float]) -> Equation:
-    """Σ σ(z + ν) = k in ν, given σ, its derivative in terms of t and σ(t), and between what ± ν is."""
+def _capped_excess(nu: Tensor, z: Tensor, count: Tensor) -> Tensor:
+    return _capped(z + nu).sum(-1, keepdim=True) - count
 
-    def residual(nu: Tensor, z: Tensor, count: Tensor) -> Tensor:
-        return mask(z + nu).sum(-1, keepdim=True) - count
 
-    def newton(nu: Tensor, z: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
-        t = z + nu
-        rate = slope(t, mask(t))
-        # The rounding of z + ν counts, too.
-        return rate.sum(-1, keepdim=True), 2 * count + (rate * t.abs()).sum(-1, keepdim=True)
+def _capped_newton(nu: Tensor, z: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
+    t = z + nu
+    slope = (_capped(t) == t).sum(-1, keepdim=True).to(z.dtype)
+    return slope, 2 * count + slope
 
+
+def _entropic_excess(nu: Tensor, z: Tensor, count: Tensor) -> Tensor:
+    return torch.sigmoid(z + nu).sum(-1, keepdim=True) - count
+
+
+def _entropic_newton(nu: Tensor, z: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
+    t = z + nu
+    mask = torch.sigmoid(t)
+    slope = mask * (1 - mask)
+    # The rounding of z + ν counts, too.
+    return slope.sum(-1, keepdim=True), 2 * count + (slope * t.abs()).sum(-1, keepdim=True)
+
+
+def _bracket(reach: Callable[[int], float]) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
     def bracket(z: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
         end = torch.full_like(count, reach(z.shape[-1]))
         return -end, end
 
-    return Equation(residual, newton, bracket)
+    return bracket
 
 
-_CAPPED = _equation(_capped, lambda t, y: (y == t).to(t.dtype), lambda n: 1.0)
-_ENTROPIC = _equation(torch.sigmoid, lambda t, y: y * (1 - y), lambda n: math.log(2 * n))
+_CAPPED = Equation(_capped_excess, _capped_newton, _bracket(lambda n: 1.0))
+_ENTROPIC = Equation(_entropic_excess, _entropic_newton, _bracket(lambda n: math.log(2 * n)))
 
 
 def _middle(z: Tensor, count: Tensor) -> Tensor:
