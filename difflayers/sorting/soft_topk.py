@@ -138,15 +138,17 @@ def _capped_newton(nu: Tensor, z: Tensor, count: Tensor) -> tuple[Tensor, Tensor
 
 
 def _entropic_excess(nu: Tensor, z: Tensor, count: Tensor) -> Tensor:
-    return torch.sigmoid(z + nu).sum(-1, keepdim=True) - count
+    total, n = torch.sigmoid(z + nu).sum(-1, keepdim=True), z.shape[-1]
+    return torch.log(total / count) - torch.log((n - total) / (n - count))
 
 
 def _entropic_newton(nu: Tensor, z: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
-    t = z + nu
+    t, n = z + nu, z.shape[-1]
     mask = torch.sigmoid(t)
-    slope = mask * (1 - mask)
+    total, slope = mask.sum(-1, keepdim=True), mask * (1 - mask)
+    rate = n / (total * (n - total))
     # The rounding of z + ν counts, too.
-    return slope.sum(-1, keepdim=True), 2 * count + (slope * t.abs()).sum(-1, keepdim=True)
+    return rate * slope.sum(-1, keepdim=True), rate * (2 * count + (slope * t.abs()).sum(-1, keepdim=True))
 
 
 def _bracket(reach: Callable[[int], float]) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
