@@ -106,7 +106,9 @@ def _bracketed_newton(equation: Equation, theta: list[Tensor]) -> tuple[Tensor, 
         if not bool(running.any()):
             break
         if not bool(running.all()):
-            rows, u, lower, upper, last, before_last, *theta = (part[running] for part in (rows, u, lower, upper, last, before_last, *theta))
+            rows, u, lower, upper, last, before_last, *theta = (
+                part[running] for part in (rows, u, lower, upper, last, before_last, *theta)
+            )
     return roots, steps
 
 
