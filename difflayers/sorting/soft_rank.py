@@ -89,7 +89,9 @@ def soft_sort(
     x, strength, wanted = rows_and_strength(x, regularization_strength, dim)
     kl = regularization == "kl"
     mirrored = kl and not descending
-    z, _, last, base, middle, size = _sorted_in_blocks(_Sorted(x.dim() - 1, strength, kl), -x if mirrored else x, strength)
+    x = -x if mirrored else x
+    order, last, base, middle, size = _blocks(_Sorted(x.dim() - 1, strength, kl), x, strength)
+    z = x.expand(order.shape).gather(-1, order)
     rank = torch.arange(1, z.shape[-1] + 1, dtype=z.dtype, device=z.device)
     if kl:
         steps = (rank - 1 - last) / strength - _log_geometric_sum(rank, strength).expand(z.shape).gather(-1, (size - 1).long())
@@ -144,19 +146,18 @@ def soft_rank(
     x, strength, wanted = rows_and_strength(x, regularization_strength, dim)
     # Infinite entries are in blocks of their own, where they must not meet as inf − inf.
     x = (-x if descending else x).clamp(-_LARGEST, _LARGEST)
-    problem = _Ranked(x.dim() - 1, strength, regularization == "kl")
-    z, order, last, base, middle, size = _sorted_in_blocks(problem, x, strength)
-    deviation = (z - base) / strength
+    _, last, base, middle, size = _blocks(_Ranked(x.dim() - 1, strength, regularization == "kl"), x, strength)
+    deviation = (x - base) / strength
     if regularization == "l2":
         ranks = torch.addcdiv(deviation, _sums(deviation, last), size, value=-1) + middle
     else:
         weight = torch.exp(deviation)
         ranks = size * middle * weight / _sums(weight, last)
-    return torch.zeros_like(ranks).scatter_add_(-1, order, ranks).to(wanted).movedim(-1, dim)
+    return ranks.to(wanted).movedim(-1, dim)
 
 
 def _sums(values: Tensor, last: Tensor) -> Tensor:
-    """The sum over its block at each place, where ``last`` points to the last place of the block."""
+    """The sum over its block at each place, where ``last`` tells the blocks of a row apart."""
     return torch.zeros_like(values).scatter_add_(-1, last, values).gather(-1, last)
 
 
@@ -166,24 +167,24 @@ def _log_geometric_sum(count: Tensor, strength: float | Tensor) -> Tensor:
     return logs - logs[..., :1]
 
 
-def _sorted_in_blocks(problem: _Pooled, x: Tensor, strength: float | Tensor) -> tuple[Tensor, ...]:
-    """x in ascending order, and what the problem finds."""
+def _blocks(problem: _Pooled, x: Tensor, strength: float | Tensor) -> tuple[Tensor, ...]:
+    """What the problem finds."""
     operands = [x.detach(), strength.detach()] if isinstance(strength, Tensor) else [x.detach()]
     modes = torch._C._len_torch_function_stack() or torch._C._functorch.peek_interpreter_stack() is not None
     if not modes and forward_ad._current_level < 0 and not any(map(torch._C._functorch.is_legacy_batchedtensor, operands)):
-        found = problem.find(x.new_zeros(0), operands)  # nothing to see through: a Function costs as much as a row
-    else:
-        found = ImplicitFunction.apply(problem, x.new_zeros(0), *visible_to_modes(operands))
-    return x.expand(found[1].shape).gather(-1, found[1]), *found[1:]
+        return problem.find(x.new_zeros(0), operands)[1:]  # nothing to see through: a Function costs as much as a row
+    return ImplicitFunction.apply(problem, x.new_zeros(0), *visible_to_modes(operands))[1:]
 
 
 class _Pooled(BroadcastingProblem):
     """The order of each row and its blocks, found on plain tensors for all elements of all vmaps at once.
 
-    Nothing that it returns carries a derivative. For each place in ascending order, counted from zero, it is the entry that is there, and
-    of its block the last place, the value there, the mean rank and the size. The value is NaN where something in the row is not finite, or
-    the strength is not positive. Equal entries are in any order.
+    Nothing that it returns carries a derivative. It is the entry at each place in ascending order, counted from zero, and then for each
+    place (or, ``by_entry``, for each entry) of its block the last place, the value there, the mean rank and the size. The value is NaN where
+    something in the row is not finite, or the strength is not positive. Equal entries are in any order.
     """
+
+    by_entry = False
 
     def __init__(self, batch_ndim: int, strength: float | Tensor, kl: bool) -> None:
         super().__init__(_nothing, _nothing, LinearMethod(), batch_ndim=batch_ndim)
@@ -213,10 +214,11 @@ class _Pooled(BroadcastingProblem):
     def describe(self, rows: np.ndarray, strength: Any, found: Sequence[np.ndarray]) -> None:
         """Sort and pool some rows ``(count, n)``, and write down what is found."""
         count, n = rows.shape
-        order, last, base, middle, size = found
+        order, *known = found
         above = np.arange(0, rows.size, n)[:, None]
         order[:] = rows.argsort(1)
-        z = rows.take(order + above)
+        entries = order + above
+        z = rows.take(entries)
         with np.errstate(all="ignore"):  # what is not finite is seen at the end
             y, log_weights = self.regression(z, strength)
         broken = ~(np.isfinite(y[:, :1]) & np.isfinite(y[:, -1:]) & (strength > 0))
@@ -225,11 +227,13 @@ class _Pooled(BroadcastingProblem):
             z = np.where(broken, np.nan, z)
         ends = pool_exponentials(y, log_weights) if self.kl else pool(y)
         sizes = np.diff(ends)
-        size[:], end = (np.repeat(part, sizes).reshape(count, n) for part in (sizes, ends[1:] - 1))
-        np.take(z, end, out=base, mode="clip")
-        np.subtract(end, above, out=last)
-        np.multiply(size - 3, -0.5, out=middle)
-        middle += last
+        size, end = (np.repeat(part, sizes).reshape(count, n) for part in (sizes, ends[1:] - 1))
+        last = end - above
+        for part, values in zip(known, (last, z.take(end), last + (3 - size) / 2, size), strict=True):
+            if self.by_entry:
+                part.reshape(-1)[entries] = values
+            else:
+                part[:] = values
 
     def regression(self, z: np.ndarray, strength: Any) -> tuple[np.ndarray, np.ndarray]:
         """What is regressed on increasing sequences, up to a factor, for ascending rows; for kl its logarithm, and those of the weights."""
@@ -243,6 +247,8 @@ class _Sorted(_Pooled):
 
 
 class _Ranked(_Pooled):
+    by_entry = True
+
     def regression(self, z: np.ndarray, strength: Any) -> tuple[np.ndarray, np.ndarray]:
         rank = np.arange(1.0, z.shape[1] + 1)
         z = _without_infinities(z, strength * len(rank)) if (np.abs(z[:, [0, -1]]) >= _LARGEST).any() else z - z[:, :1]
