@@ -180,8 +180,8 @@ class _Pooled(BroadcastingProblem):
     """The order of each row and its blocks, found on plain tensors for all elements of all vmaps at once.
 
     Nothing that it returns carries a derivative. It is the entry at each place in ascending order, counted from zero, and then for each
-    place (or, ``by_entry``, for each entry) of its block the last place, the value there, the mean rank and the size. The value is NaN where
-    something in the row is not finite, or the strength is not positive. Equal entries are in any order.
+    place (or, ``by_entry``, for each entry) of its block the last place, the value there, the mean rank and the size. The value is NaN
+    where something in the row is not finite, or the strength is not positive. Equal entries are in any order.
     """
 
     by_entry = False
