@@ -1,7 +1,7 @@
-"""Soft sort and soft rank beside torchsort: time, and errors of values and gradients.
+"""Soft sort and soft rank beside torchsort, soft top-k masks beside ``torch.topk``: time, and errors of values and gradients.
 
 ``python -m benchmarks.soft_sort``. torchsort is compiled while it is installed: ``pip install --no-build-isolation torchsort``, with a
-C++ compiler. The references pool adjacent violators one by one in extended precision.
+C++ compiler. The references pool adjacent violators one by one, and bisect for masks, in extended precision.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.timing import Table, describe_machine, installed, one_thread, race
-from difflayers.sorting import soft_rank, soft_sort
+from difflayers.sorting import soft_rank, soft_sort, soft_topk
 
 Rows = tuple[np.ndarray, np.ndarray]
 
@@ -93,6 +93,41 @@ def run(name: str, regularization: str, batch: int, n: int, dtype: torch.dtype, 
     table.row(name, regularization, str(dtype)[6:], batch, n, 1e3 * times.seconds("ours"), ratio, *errors)
 
 
+def masks(regularization: str, x: np.ndarray, k: int, cotangent: np.ndarray) -> Rows:
+    """The mask of one row, and the gradient."""
+    x, g = x.astype(np.longdouble), cotangent.astype(np.longdouble)
+
+    def mask(nu: Any) -> np.ndarray:
+        return np.clip(x + nu, 0, 1) if regularization == "l2" else 1 / (1 + np.exp(-(x + nu)))
+
+    low, high = -x.max() - 50, -x.min() + 50
+    for _ in range(120):
+        nu = (low + high) / 2
+        low, high = (nu, high) if mask(nu).sum() < k else (low, nu)
+    value = mask((low + high) / 2)
+    d = ((value > 0) & (value < 1)).astype(x.dtype) if regularization == "l2" else value * (1 - value)
+    return value, d * (g - (d * g).sum() / d.sum())
+
+
+def run_topk(regularization: str, batch: int, n: int, k: int, table: Table, budget: float) -> None:
+    """One row of the table of masks."""
+    x = torch.randn(batch, n, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    cotangent = torch.linspace(-1, 1, n, dtype=torch.float64).expand(batch, n)
+
+    def both() -> tuple[Tensor, Tensor]:
+        leaf = x.clone().requires_grad_()
+        y = soft_topk(leaf, k, regularization=regularization)
+        return y.detach(), torch.autograd.grad(y, leaf, cotangent)[0]
+
+    exact = zip(*(masks(regularization, row.numpy(), k, cotangent[0].numpy()) for row in x[:2]), strict=True)
+    errors = [max(map(_error, found[:2], truths)) for found, truths in zip(both(), exact, strict=True)]
+    contestants = {"ours": both, "topk": lambda: x.topk(k), "forward": lambda: soft_topk(x, k, regularization=regularization)}
+    times = race(contestants, budget=budget)
+    table.row(
+        regularization, batch, n, k, 1e3 * times.seconds("ours"), times.ratio("forward", "topk"), times.ratio("ours", "topk"), *errors
+    )
+
+
 def _error(found: Tensor, exact: np.ndarray) -> float:
     return float(np.abs(found.double().numpy() - exact).max() / max(np.abs(exact).max(), 1))
 
@@ -111,6 +146,11 @@ def main(*, short: bool = False) -> None:
         for batch, n in sizes:
             for name, regularization in itertools.product(("soft_sort", "soft_rank"), ("l2", "kl")):
                 run(name, regularization, batch, n, dtype, table, 0.2 if short else 1.0)
+    columns = [("reg.", 9), ("batch", -5), ("n", -5), ("k", -3), ("ours ms", -9), ("fw / topk", -9), ("fw + bw / topk", -14)]
+    table = Table("soft_topk, strength 1, in units of torch.topk without a backward", [*columns, ("error", -8), ("gradient", -8)])
+    for batch, n in sizes:
+        for regularization in ("l2", "entropic"):
+            run_topk(regularization, batch, n, max(n // 32, 3), table, 0.2 if short else 1.0)
 
 
 if __name__ == "__main__":

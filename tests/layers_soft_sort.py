@@ -9,6 +9,7 @@ from torch import Tensor
 
 from difflayers.sorting import soft_argsort, soft_rank, soft_sort, soft_topk
 from tests.layers import Function, Inputs, Layer, randn
+from tests.sorting.networks import dense_permutation
 
 __all__ = ["SOFT_SORT"]
 
@@ -116,6 +117,18 @@ def _transport() -> Layer:
     return Layer("soft_argsort, sinkhorn", _with_strength(soft_argsort, method="sinkhorn"), sample, reference=reference)
 
 
+def _network_argsort() -> Layer:
+    options = {"network": "odd_even", "distribution": "logistic"}
+
+    def call(x: Tensor) -> Tensor:
+        return soft_argsort(x, method="network", regularization_strength=0.25, **options)
+
+    def sample(g: torch.Generator) -> Inputs:
+        return (torch.tensor([0.4, -0.3, 0.1], dtype=torch.float64) + randn(g, 3, scale=0.02),)
+
+    return Layer("soft_argsort, network", call, sample, reference=lambda x: dense_permutation(x, "odd_even", "logistic", steepness=4.0))
+
+
 SOFT_SORT: tuple[Layer, ...] = (
     _soft_sort("l2"),
     _soft_sort("kl"),
@@ -126,4 +139,5 @@ SOFT_SORT: tuple[Layer, ...] = (
     _soft_argsort("softsort"),
     _soft_argsort("neuralsort"),
     _transport(),
+    _network_argsort(),
 )

@@ -23,6 +23,7 @@ References: Blondel, Teboul, Berthet and Djolonga, Fast differentiable sorting a
 
 from __future__ import annotations
 
+import abc
 import math
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -43,7 +44,7 @@ from .arguments import Strength, check_choice, rows_and_strength
 __all__ = ["soft_rank", "soft_sort"]
 
 _LARGEST = 1e300  # what an infinite entry is counted as
-_AT_ONCE = 8192  # entries that are pooled together, so that what is made on the way stays in the cache
+_AT_ONCE = 32768  # entries that are pooled together, so that what is made on the way stays in the cache
 
 
 @eager
@@ -87,15 +88,19 @@ def soft_sort(
     """
     check_choice(regularization, "regularization", ("l2", "kl"))
     x, strength, wanted = rows_and_strength(x, regularization_strength, dim)
-    group, base, block, level, size, *shift = _blocks(_Sorted(x.dim() - 1, strength, regularization == "kl", not descending), x, strength)
-    sign = 1 if descending else -1
-    if regularization == "l2":
-        values = torch.addcdiv(level, _sums(x - base, group, block), size)
+    kl = regularization == "kl"
+    mirrored = kl and not descending
+    x = -x if mirrored else x
+    order, last, base, middle, size = _blocks(_Sorted(x.dim() - 1, strength, kl), x, strength)
+    z = x.expand(order.shape).gather(-1, order)
+    rank = torch.arange(1, z.shape[-1] + 1, dtype=z.dtype, device=z.device)
+    if kl:
+        steps = (rank - 1 - last) / strength - _log_geometric_sum(rank, strength).expand(z.shape).gather(-1, (size - 1).long())
+        values = base + (_sums(torch.exp(z - base), last).log() + steps)
     else:
-        values = level + sign * (_sums(torch.exp(sign * (x - base)), group, block).log() - _log_geometric_sum(size, strength))
-    if shift:
-        values = values + shift[0] / strength
-    return values.to(wanted).movedim(-1, dim)
+        values = torch.addcdiv(base + (rank - middle) / strength, _sums(z - base, last), size)
+    values = -values if mirrored else values
+    return (values.flip(-1) if kl or descending else values).to(wanted).movedim(-1, dim)
 
 
 @eager
@@ -142,29 +147,29 @@ def soft_rank(
     x, strength, wanted = rows_and_strength(x, regularization_strength, dim)
     # Infinite entries are in blocks of their own, where they must not meet as inf − inf.
     x = (-x if descending else x).clamp(-_LARGEST, _LARGEST)
-    group, base, size, middle = _blocks(_Ranked(x.dim() - 1, strength, regularization == "kl"), x, strength)
+    _, last, base, middle, size = _blocks(_Ranked(x.dim() - 1, strength, regularization == "kl"), x, strength)
     deviation = (x - base) / strength
     if regularization == "l2":
-        ranks = deviation - _sums(deviation, group, group) / size + middle
+        ranks = torch.addcdiv(deviation, _sums(deviation, last), size, value=-1) + middle
     else:
         weight = torch.exp(deviation)
-        ranks = size * middle * weight / _sums(weight, group, group)
+        ranks = size * middle * weight / _sums(weight, last)
     return ranks.to(wanted).movedim(-1, dim)
 
 
-def _sums(values: Tensor, group: Tensor, block: Tensor) -> Tensor:
-    """The sums of the values of each group, as each place of a block wants them."""
-    return torch.zeros_like(values).scatter_add_(-1, group, values).gather(-1, block)
+def _sums(values: Tensor, last: Tensor) -> Tensor:
+    """The sum over its block at each place, where ``last`` tells the blocks of a row apart."""
+    return torch.zeros_like(values).scatter_add_(-1, last, values).gather(-1, last)
 
 
-def _log_geometric_sum(count: Tensor, strength: float | Tensor) -> float | Tensor:
-    """log Σ exp(−i / ε) over i < count."""
-    if isinstance(strength, Tensor):
-        return torch.log(-torch.expm1(-count / strength)) - torch.log(-torch.expm1(-1 / strength))
-    return torch.log(-torch.expm1(-count / strength)) - math.log(-math.expm1(-1 / strength))
+def _log_geometric_sum(count: Tensor, strength: float | Tensor) -> Tensor:
+    """log Σ exp(−i / ε) over i < count, for the counts 1, 2, ..."""
+    logs = torch.log(-torch.expm1(-count / strength))
+    return logs - logs[..., :1]
 
 
 def _blocks(problem: _Pooled, x: Tensor, strength: float | Tensor) -> tuple[Tensor, ...]:
+    """What the problem finds."""
     operands = [x.detach(), strength.detach()] if isinstance(strength, Tensor) else [x.detach()]
     modes = torch._C._len_torch_function_stack() or torch._C._functorch.peek_interpreter_stack() is not None
     if not modes and forward_ad._current_level < 0 and not any(map(torch._C._functorch.is_legacy_batchedtensor, operands)):
@@ -173,18 +178,22 @@ def _blocks(problem: _Pooled, x: Tensor, strength: float | Tensor) -> tuple[Tens
 
 
 class _Pooled(BroadcastingProblem):
-    """The blocks of each row, found on plain tensors for all elements of all vmaps at once.
+    """The order of each row and its blocks, found on plain tensors for all elements of all vmaps at once.
 
-    What it returns carries no derivative; entries of x and places in the sorted order point to their block by the index of its first place.
+    Nothing that it returns carries a derivative. It is the entry at each place in ascending order, counted from zero, and then for each
+    place (or, ``by_entry``, for each entry) of its block the last place, the value there, the mean rank and the size. The value is NaN
+    where something in the row is not finite, or the strength is not positive. Equal entries are in any order.
     """
 
-    def __init__(self, batch_ndim: int, strength: float | Tensor, kl: bool, mirrored: bool = False) -> None:
+    by_entry = False
+
+    def __init__(self, batch_ndim: int, strength: float | Tensor, kl: bool) -> None:
         super().__init__(_nothing, _nothing, LinearMethod(), batch_ndim=batch_ndim)
         self.core_ndims = (1, 1) if isinstance(strength, Tensor) else (1,)
-        self.strength, self.kl, self.mirrored = strength, kl, mirrored
+        self.strength, self.kl = strength, kl
 
     def deeper(self, size: int) -> _Pooled:
-        return type(self)(self.batch_ndim + 1, self.strength, self.kl, self.mirrored)
+        return type(self)(self.batch_ndim + 1, self.strength, self.kl)
 
     def find(self, x0: Tensor, theta: Sequence[Any]) -> Any:
         x, strength = theta if len(theta) == 2 else (theta[0], self.strength)
@@ -194,22 +203,23 @@ class _Pooled(BroadcastingProblem):
             strength = strength.expand(*shape[:-1], 1).reshape(-1, 1).cpu().numpy()
         n = shape[-1]
         rows = x.expand(shape).reshape(math.prod(shape[:-1]), n).cpu().numpy()
-        found = [torch.empty(rows.shape, dtype=dtype) for dtype in self.dtypes()]
-        arrays = [part.numpy() for part in found]
+        places = torch.empty(2, *rows.shape, dtype=torch.int64)
+        numbers = torch.empty(3, *rows.shape, dtype=torch.float64)
+        arrays = [*places.numpy(), *numbers.numpy()]
         count = max(_AT_ONCE // max(n, 1), 1)
         for begin in range(0, len(rows), count) if n else ():
             part = slice(begin, begin + count)
             self.describe(rows[part], strength[part] if isinstance(strength, np.ndarray) else strength, [array[part] for array in arrays])
-        return (x0.clone(), *(part.reshape(shape).to(x.device) for part in found))
+        return (x0.clone(), *places.view(2, *shape).to(x.device), *numbers.view(3, *shape).to(x.device))
 
     def describe(self, rows: np.ndarray, strength: Any, found: Sequence[np.ndarray]) -> None:
-        """Pool some rows ``(count, n)``, and write down what the formulas need to know of the blocks."""
+        """Sort and pool some rows ``(count, n)``, and write down what is found."""
         count, n = rows.shape
-        rows = -rows if self.mirrored else rows
-        order = rows.argsort(1)
-        order += np.arange(0, rows.size, n)[:, None]
-        order = order.ravel()
-        z = rows.take(order).reshape(count, n)
+        order, *known = found
+        above = np.arange(0, rows.size, n)[:, None]
+        order[:] = rows.argsort(1)
+        entries = order + above
+        z = rows.take(entries)
         with np.errstate(all="ignore"):  # what is not finite is seen at the end
             y, log_weights = self.regression(z, strength)
         broken = ~(np.isfinite(y[:, :1]) & np.isfinite(y[:, -1:]) & (strength > 0))
@@ -217,91 +227,36 @@ class _Pooled(BroadcastingProblem):
             y, log_weights = np.where(broken, 0, y), np.where(broken, 0, log_weights)
             z = np.where(broken, np.nan, z)
         ends = pool_exponentials(y, log_weights) if self.kl else pool(y)
-        block = np.zeros(rows.size, dtype=np.intp)
-        block[ends[1:-1]] = 1
-        self.spread(order, -z if self.mirrored else z, strength, ends[:-1], np.diff(ends), np.cumsum(block, out=block), found)
+        sizes = np.diff(ends)
+        size, end = (np.repeat(part, sizes).reshape(count, n) for part in (sizes, ends[1:] - 1))
+        last = end - above
+        for part, values in zip(known, (last, z.take(end), last + (3 - size) / 2, size), strict=True):
+            if self.by_entry:
+                part.reshape(-1)[entries] = values
+            else:
+                part[:] = values
 
-    def dtypes(self) -> Sequence[torch.dtype]:
-        """Those of what :meth:`spread` writes."""
-        raise NotImplementedError
-
+    @abc.abstractmethod
     def regression(self, z: np.ndarray, strength: Any) -> tuple[np.ndarray, np.ndarray]:
         """What is regressed on increasing sequences, up to a factor, for ascending rows; for kl its logarithm, and those of the weights."""
-        raise NotImplementedError
-
-    def spread(
-        self, order: np.ndarray, z: np.ndarray, strength: Any, begin: np.ndarray, size: np.ndarray, block: np.ndarray, found: Sequence[Any]
-    ) -> None:
-        """Write down what the formulas need to know, for each entry and each place.
-
-        Args:
-            order: the entry at each place.
-            z: what is there.
-            strength: a number, or one for each row.
-            begin: the first place of each block.
-            size: how many there are.
-            block: the number of the block at each place.
-            found: ``(count, n)`` each, to be filled.
-        """
-        raise NotImplementedError
 
 
 class _Sorted(_Pooled):
-    def dtypes(self) -> Sequence[torch.dtype]:
-        shift = [torch.float64] if isinstance(self.strength, Tensor) else []
-        return (torch.int64, torch.float64, torch.int64, torch.float64, torch.float64, *shift)
-
     def regression(self, z: np.ndarray, strength: Any) -> tuple[np.ndarray, np.ndarray]:
         place, z = np.arange(z.shape[1]), z - z[:, :1]
         return (place / strength - z, z) if self.kl else (place - strength * z, z)
 
-    def spread(
-        self, order: np.ndarray, z: np.ndarray, strength: Any, begin: np.ndarray, size: np.ndarray, block: np.ndarray, found: Sequence[Any]
-    ) -> None:
-        group, base, *places = found
-        first, level = begin % z.shape[1], z.take(begin + size - 1)
-        _write(_inverse(order, block, z.shape), (first, level), (group, base))
-        shift = np.arange(z.size, dtype=z.dtype)
-        shift -= (begin + size - 1.0 if self.kl else begin + (size - 1) / 2).take(block)
-        shift = (-shift if self.mirrored else shift).reshape(z.shape)
-        values = level.take(block).reshape(z.shape)
-        if isinstance(self.strength, Tensor):
-            places.pop()[:] = shift[:, ::-1]
-        else:
-            values += shift / strength
-        # Rows were sorted the other way round.
-        for part, source in zip(places, (first.take(block), values, size.take(block)), strict=True):
-            part[:] = source.reshape(z.shape)[:, ::-1]
-
 
 class _Ranked(_Pooled):
-    def dtypes(self) -> Sequence[torch.dtype]:
-        return (torch.int64, torch.float64, torch.float64, torch.float64)
+    by_entry = True
 
     def regression(self, z: np.ndarray, strength: Any) -> tuple[np.ndarray, np.ndarray]:
         rank = np.arange(1.0, z.shape[1] + 1)
-        log_rank = np.broadcast_to(np.log(rank), z.shape)
         z = _without_infinities(z, strength * len(rank)) if (np.abs(z[:, [0, -1]]) >= _LARGEST).any() else z - z[:, :1]
-        return (z / strength - log_rank, log_rank) if self.kl else (z - strength * rank, log_rank)
-
-    def spread(
-        self, order: np.ndarray, z: np.ndarray, strength: Any, begin: np.ndarray, size: np.ndarray, block: np.ndarray, found: Sequence[Any]
-    ) -> None:
-        first = begin % z.shape[1]
-        _write(_inverse(order, block, z.shape), (first, z.take(begin + size - 1), size, first + (size + 1) / 2), found)
-
-
-def _inverse(order: np.ndarray, block: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """The number of the block of each entry."""
-    inverse = np.empty_like(block)
-    inverse[order] = block
-    return inverse.reshape(shape)
-
-
-def _write(block: np.ndarray, sources: Sequence[np.ndarray], found: Sequence[np.ndarray]) -> None:
-    """What is known of each block, to each of its entries."""
-    for source, part in zip(sources, found, strict=True):
-        np.take(source.astype(part.dtype, copy=False), block, out=part, mode="clip")
+        if not self.kl:
+            return z - strength * rank, z
+        log_rank = np.log(rank)
+        return z / strength - log_rank, np.broadcast_to(log_rank, z.shape)
 
 
 def _without_infinities(z: np.ndarray, apart: Any) -> np.ndarray:

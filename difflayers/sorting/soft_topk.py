@@ -2,14 +2,18 @@ r"""A mask of the k largest entries, relaxed.
 
 .. math:: \max_y \; x^T y - ε\, Ω(y) \quad\text{subject to}\quad 0 \le y \le 1,\; 1^T y = k.
 
-Without regularization y marks the k largest entries. With :math:`Ω(y) = \tfrac12 \|y\|^2` (``"l2"``) it is the projection of x / ε on the
-capped simplex, with exact zeros and ones. With the entropy :math:`Ω(y) = \sum_i y_i \log y_i + (1 - y_i) \log (1 - y_i)` (``"entropic"``)
+Without regularization y marks the k largest entries. The optimality conditions leave one unknown, ν:
 
-.. math:: y_i = σ(x_i / ε + ν), \qquad \sum_i σ(x_i / ε + ν) = k,
+.. math:: y_i = σ(x_i / ε + ν), \qquad \sum_i σ(x_i / ε + ν) = k.
 
-whose only unknown ν is found by Newton's method within a bracket: no further than log 2n from the middle between the k-th and the next
-entry of -x / ε. Both are differentiated at their solution: the Jacobian is :math:`(D - d d^T / 1^T d) / ε`, with d = y (1 - y), or the
-indicator of the entries between zero and one, and D its diagonal matrix.
+With :math:`Ω(y) = \tfrac12 \|y\|^2` (``"l2"``) y is the projection of x / ε on the capped simplex, with exact zeros and ones, and
+:math:`σ(t) = \min(\max(t, 0), 1)`. With the entropy :math:`Ω(y) = \sum_i y_i \log y_i + (1 - y_i) \log (1 - y_i)` (``"entropic"``) σ is
+the logistic function.
+
+The mask does not change when all entries move together, so the middle between the k-th and the next largest entry is moved to where σ is a
+half. Then ν is within ± 1 (l2) or ± log 2n (entropic), and Newton's method within that bracket finds it; for l2, whose sum is piecewise
+linear, in finitely many steps. Both are differentiated at their solution: the Jacobian is :math:`(D - d d^T / 1^T d) / ε`, with
+d = σ'(x / ε + ν) and D its diagonal matrix.
 
 References: Amos, Koltun and Kolter, The limited multi-label projection layer, 2019 (arXiv:1906.08707);
 Martins and Kreutzer, Learning what's easy: fully differentiable neural easy-first taggers, EMNLP 2017.
@@ -17,16 +21,22 @@ Martins and Kreutzer, Learning what's easy: fully differentiable neural easy-fir
 
 from __future__ import annotations
 
-from typing import Literal
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ..convex.projections.arguments import failures_reported
-from ..convex.projections.box_section import projection_box_section
 from ..convex.projections.scalar_root import Equation, scalar_root
 from ..errors import ShapeError
+from ..implicit.broadcasting import BroadcastingProblem
+from ..implicit.closure import visible_to_modes
 from ..implicit.eager import eager
+from ..implicit.function import ImplicitFunction
+from ..implicit.methods import LinearMethod
 from .arguments import Strength, check_choice, rows_and_strength
 
 __all__ = ["soft_topk"]
@@ -81,10 +91,14 @@ def soft_topk(
     if x.shape[-1] == 0:
         return x.to(wanted).movedim(-1, dim)
     z = (x / strength).clamp(-_LARGEST, _LARGEST)
-    # The mask does not change when all entries move together; the largest ones should not lose their digits to where they are.
-    z = z - torch.where(z >= _LARGEST, -_LARGEST, z).detach().amax(-1, keepdim=True)
-    mask = _capped(z, count) if regularization == "l2" else _entropic(z, count)
-    return mask.to(wanted).movedim(-1, dim)
+    n = x.shape[-1]
+    none, every = count == 0, count == n
+    # Where the mask is constant, any other k gives a finite number to put aside.
+    between = torch.where(none | every, 0.5 * n, count)
+    mask, equation, half = (_capped, _CAPPED, 0.5) if regularization == "l2" else (torch.sigmoid, _ENTROPIC, 0.0)
+    z = z - (_middle(z, between) - half)
+    found = torch.where(none, 0.0, torch.where(every, 1.0, mask(z + scalar_root(equation, z, between))))
+    return torch.where(z.isnan(), torch.nan, found).to(wanted).movedim(-1, dim)
 
 
 def _with_count(x: Tensor, k: int | Tensor) -> tuple[Tensor, Tensor]:
@@ -109,35 +123,73 @@ def _with_count(x: Tensor, k: int | Tensor) -> tuple[Tensor, Tensor]:
     return x, count.unsqueeze(-1)
 
 
-def _capped(z: Tensor, count: Tensor) -> Tensor:
-    return projection_box_section(z, (0.0, 1.0, torch.ones_like(z), count.squeeze(-1)))
+def _capped(t: Tensor) -> Tensor:
+    return t.clamp(0, 1)
 
 
-def _entropic(z: Tensor, count: Tensor) -> Tensor:
-    n = z.shape[-1]
-    none, every = count == 0, count == n
-    # Where the mask is constant, any other k gives a finite number to put aside.
-    between = torch.where(none | every, 0.5 * n, count)
-    nu = scalar_root(Equation(_excess, _slope, _bracket), z, between)
-    mask = torch.sigmoid(z + nu)
-    return torch.where(z.isnan(), torch.nan, torch.where(none, 0.0, torch.where(every, 1.0, mask)))
+def _capped_excess(nu: Tensor, z: Tensor, count: Tensor) -> Tensor:
+    return _capped(z + nu).sum(-1, keepdim=True) - count
 
 
-def _excess(nu: Tensor, z: Tensor, count: Tensor) -> Tensor:
-    return torch.sigmoid(z + nu).sum(-1, keepdim=True) - count
+def _capped_newton(nu: Tensor, z: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
+    t = z + nu
+    slope = (_capped(t) == t).sum(-1, keepdim=True).to(z.dtype)
+    return slope, 2 * count + slope
 
 
-def _slope(nu: Tensor, z: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
-    mask = torch.sigmoid(z + nu)
-    slope = mask * (1 - mask)
+def _entropic_excess(nu: Tensor, z: Tensor, count: Tensor) -> Tensor:
+    total, n = torch.sigmoid(z + nu).sum(-1, keepdim=True), z.shape[-1]
+    return torch.log(total / count) - torch.log((n - total) / (n - count))
+
+
+def _entropic_newton(nu: Tensor, z: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
+    t, n = z + nu, z.shape[-1]
+    mask = torch.sigmoid(t)
+    total, slope = mask.sum(-1, keepdim=True), mask * (1 - mask)
+    rate = n / (total * (n - total))
     # The rounding of z + ν counts, too.
-    return slope.sum(-1, keepdim=True), 2 * count + (slope * (z + nu).abs()).sum(-1, keepdim=True)
+    return rate * slope.sum(-1, keepdim=True), rate * (2 * count + (slope * t.abs()).sum(-1, keepdim=True))
 
 
-def _bracket(z: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
-    n = z.shape[-1]
-    ordered = z.sort(-1, descending=True).values
-    index = count.long().expand(*z.shape[:-1], 1)
-    last, following = ordered.gather(-1, (index - 1).clamp(min=0)), ordered.gather(-1, index.clamp(max=n - 1))
-    middle, width = -(last + following) / 2, torch.log(torch.tensor(2.0 * n, dtype=z.dtype, device=z.device))
-    return middle - width, middle + width
+def _bracket(reach: Callable[[int], float]) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    def bracket(z: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
+        end = torch.full_like(count, reach(z.shape[-1]))
+        return -end, end
+
+    return bracket
+
+
+_CAPPED = Equation(_capped_excess, _capped_newton, _bracket(lambda n: 1.0))
+_ENTROPIC = Equation(_entropic_excess, _entropic_newton, _bracket(lambda n: math.log(2 * n)))
+
+
+def _middle(z: Tensor, count: Tensor) -> Tensor:
+    """Half-way between the entries of ranks k and k + 1 from above, ``(*batch, 1)``, without a derivative."""
+    return ImplicitFunction.apply(_Middle(z.dim() - 1), z.new_zeros(0), *visible_to_modes([z.detach(), count]))[1]
+
+
+class _Middle(BroadcastingProblem):
+    """Two entries of the sorted rows, on plain tensors, for all elements of all vmaps at once."""
+
+    core_ndims = (1, 1)
+
+    def __init__(self, batch_ndim: int) -> None:
+        super().__init__(_nothing, _nothing, LinearMethod(), batch_ndim=batch_ndim)
+
+    def find(self, x0: Tensor, theta: Sequence[Any]) -> Any:
+        z, count = theta
+        # On the CPU, NumPy is the faster one to sort.
+        ordered = torch.from_numpy(np.sort(z.numpy(), -1)) if z.device.type == "cpu" else z.sort(-1).values
+        batch, n = torch.broadcast_shapes(z.shape[:-1], count.shape[:-1]), z.shape[-1]
+        place = (n - count.long()).expand(*batch, 1)
+        ordered = ordered.expand(*batch, n)
+        middle = (ordered.gather(-1, place.clamp(max=n - 1)) + ordered.gather(-1, (place - 1).clamp(min=0))) / 2
+        # NaN comes last.
+        return x0.clone(), torch.where(ordered[..., -1:].isnan(), torch.nan, middle)
+
+    def deeper(self, size: int) -> _Middle:
+        return _Middle(self.batch_ndim + 1)
+
+
+def _nothing(*_: Any) -> Any:
+    raise RuntimeError("entries are sorted, not solved for")

@@ -125,6 +125,15 @@ def test_infinite_entries_are_masked(regularization: str) -> None:
 
 
 @each
+def test_ties_far_away_share_what_is_left(regularization: str) -> None:
+    for far in (torch.inf, 1e20):
+        x = torch.tensor([[0.0, 1.0, -far, -far, -far], [far, far, far, 0.0, 1.0]], dtype=torch.float64)
+        found = soft_topk(x, torch.tensor([3, 2]), regularization=regularization)
+        exact = torch.tensor([[1, 1, 1 / 3, 1 / 3, 1 / 3], [2 / 3, 2 / 3, 2 / 3, 0, 0]], dtype=torch.float64)
+        torch.testing.assert_close(found, exact, rtol=0, atol=1e-15)
+
+
+@each
 def test_a_row_with_nan_is_nan_and_its_neighbours_do_not_notice(regularization: str) -> None:
     x = rows(3, 5)
     exact = soft_topk(x, 2, regularization=regularization)

@@ -95,7 +95,7 @@ def _bracketed_newton(equation: Equation, theta: list[Tensor]) -> tuple[Tensor, 
         lower, upper = torch.where(value <= 0, u, lower), torch.where(value >= 0, u, upper)
         newton = u - value / slope
         good = (newton >= lower) & (newton <= upper) & ((newton - u).abs() <= before_last.abs() / 2)
-        proposed = torch.where(good, newton, _between(lower, upper))
+        proposed = newton if bool(good.all()) else torch.where(good, newton, _between(lower, upper))
         # At the rounding level of the equation the step is noise, and worth taking only if it is Newton's.
         ended = value.abs() <= eps * size
         proposed = torch.where(ended & ~good, u, proposed)
@@ -105,7 +105,10 @@ def _bracketed_newton(equation: Equation, theta: list[Tensor]) -> tuple[Tensor, 
         running = ~(ended | (last.abs() <= eps * u.abs())).squeeze(-1)
         if not bool(running.any()):
             break
-        rows, u, lower, upper, last, before_last, *theta = (part[running] for part in (rows, u, lower, upper, last, before_last, *theta))
+        if not bool(running.all()):
+            rows, u, lower, upper, last, before_last, *theta = (
+                part[running] for part in (rows, u, lower, upper, last, before_last, *theta)
+            )
     return roots, steps
 
 

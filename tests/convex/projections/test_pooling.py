@@ -52,6 +52,14 @@ def test_exponentials(scale: float) -> None:
     assert np.array_equal(pool_exponentials(t, log_w), exact)
 
 
+@pytest.mark.parametrize("step", [2.0, 4.0, 9.0])
+def test_rows_that_mostly_rise(step: float) -> None:
+    t, log_w = draw(7, 30, 9) + step * np.arange(9), draw(8, 30, 9)
+    found = pool_exponentials(t, log_w)
+    assert np.array_equal(found, by_definition(t, log_w))
+    assert np.array_equal(found, one_by_one(np.exp(t), np.exp(log_w)))
+
+
 @pytest.mark.parametrize(("scale", "weight_scale"), [(1.0, 400.0), (3000.0, 3000.0), (1e5, 1.0)])
 def test_logarithms_of_any_range(scale: float, weight_scale: float) -> None:
     t, log_w = scale * draw(5, 30, 9), weight_scale * draw(6, 30, 9)
