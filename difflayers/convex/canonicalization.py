@@ -24,7 +24,7 @@ from torch import Tensor
 
 from ..errors import DiffLayersError, MissingExtraError
 from .cone_geometry import Cones, triangle
-from .cone_program import Pattern
+from .cone_structure import Pattern
 
 __all__ = ["AffineMap", "Canonical", "canonicalize", "canonicalizer", "cones_of", "split_rows", "square_pattern"]
 

@@ -27,8 +27,9 @@ from ..implicit.eager import eager
 from ..implicit.function import ImplicitFunction
 from ..solution import OnFailure, Status
 from .cone_geometry import Cones, project
-from .cone_program import ConeOptions, ConeProblem, ConeSolution, Pattern, Structure
+from .cone_program import ConeOptions, ConeProblem, ConeSolution
 from .cone_solvers import automatic_solver, known_solver
+from .cone_structure import Pattern, Structure
 
 __all__ = ["ConeSolution", "Cones", "solve_cone", "solve_rows"]
 

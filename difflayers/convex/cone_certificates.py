@@ -15,15 +15,13 @@ Reference: S. Boyd, L. Vandenberghe, Convex Optimization (2004), section 5.8.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .cone_geometry import project
-
-if TYPE_CHECKING:
-    from .cone_program import Structure
+from .cone_structure import Structure
 
 __all__ = ["proves_infeasible", "proves_unbounded"]
 

@@ -20,15 +20,13 @@ Reference: Rockafellar, Monotone operators and the proximal point algorithm, SIA
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .cone_geometry import Spectrum, spectrum
-
-if TYPE_CHECKING:
-    from .cone_program import Pattern, Structure
+from .cone_structure import Pattern, Structure
 
 __all__ = ["ConeFactor"]
 

@@ -12,16 +12,14 @@ Reference: Qi and Sun, A nonsmooth version of Newton's method, Mathematical Prog
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .cone_factor import ConeFactor
 from .cone_geometry import project_near
-
-if TYPE_CHECKING:
-    from .cone_program import Structure
+from .cone_structure import Structure
 
 __all__ = ["Polished", "measure", "polish", "residual_at"]
 

@@ -33,11 +33,12 @@ from ..solution import OnFailure, Solution, Status, report_failures
 from ..solvers.linearize import vjp
 from .cone_certificates import proves_infeasible, proves_unbounded
 from .cone_factor import ConeFactor
-from .cone_geometry import Cones, project, spectrum
+from .cone_geometry import project, spectrum
 from .cone_polish import polish, residual_at
 from .cone_solvers import Program, solve_programs
+from .cone_structure import Structure
 
-__all__ = ["ConeOptions", "ConeProblem", "ConeSolution", "Pattern", "Structure"]
+__all__ = ["ConeOptions", "ConeProblem", "ConeSolution"]
 
 # A linearized system that is solved to a larger relative residual has no solution there.
 _SINGULAR_ABOVE = 1e-6
@@ -67,49 +68,6 @@ class ConeSolution(NamedTuple):
     dual_residual: Tensor
     duality_gap: Tensor
     iterations: Tensor
-
-
-class Pattern(NamedTuple):
-    """Where the entries of a matrix are: ``values`` of shape ``(*batch, nnz)`` belong to ``rows`` and ``columns``."""
-
-    rows: Tensor
-    columns: Tensor
-    shape: tuple[int, int]
-
-    def times(self, values: Tensor, x: Tensor, *, transpose: bool = False) -> Tensor:
-        """The product of the matrix, or of its transpose, with rows ``(..., columns)``."""
-        into, out_of = (self.columns, self.rows) if transpose else (self.rows, self.columns)
-        products = values * x.index_select(-1, out_of)
-        size = self.shape[1 if transpose else 0]
-        return products.new_zeros(*products.shape[:-1], size).index_add(-1, into, products)
-
-    def dense(self, values: Tensor) -> Tensor:
-        """The matrices ``(*batch, rows, columns)``."""
-        flat = values.new_zeros(*values.shape[:-1], self.shape[0] * self.shape[1])
-        return flat.index_add(-1, self.rows * self.shape[1] + self.columns, values).unflatten(-1, self.shape)
-
-
-class Structure(NamedTuple):
-    """What all the programs of a batch share: the batch, the cones, and the patterns of P (symmetric; None is zero) and A."""
-
-    batch: tuple[int, ...]
-    cones: Cones
-    P: Pattern | None
-    A: Pattern
-
-    @property
-    def n(self) -> int:
-        """The number of unknowns."""
-        return self.A.shape[1]
-
-    @property
-    def m(self) -> int:
-        """The number of rows."""
-        return self.A.shape[0]
-
-    def split(self, point: Tensor) -> tuple[Tensor, Tensor]:
-        """x and v of rows ``(..., n + m)``."""
-        return point.narrow(-1, 0, self.n), point.narrow(-1, self.n, self.m)
 
 
 class ConeOptions(NamedTuple):

@@ -16,7 +16,7 @@ import importlib
 import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -25,10 +25,8 @@ from torch import Tensor
 from ..errors import ConvergenceWarning, MissingExtraError
 from ..solution import Status
 from .cone_geometry import Cones, project
+from .cone_structure import Pattern
 from .qp import QPSolution, solve_qp
-
-if TYPE_CHECKING:
-    from .cone_program import Pattern
 
 __all__ = ["ACCURACY", "IGNORED", "Found", "Program", "automatic_solver", "known_solver", "lower_triangles", "solve_programs"]
 

@@ -22,8 +22,9 @@ from ..implicit.eager import eager
 from ..solution import OnFailure
 from .canonicalization import Canonical, canonicalize
 from .cone import solve_rows
-from .cone_program import ConeOptions, Structure
+from .cone_program import ConeOptions
 from .cone_solvers import ACCURACY, IGNORED, automatic_solver, known_solver
+from .cone_structure import Structure
 
 __all__ = ["CvxpyLayer", "CvxpySolution"]
 

@@ -16,8 +16,9 @@ from torch import Tensor
 from ..solution import OnFailure
 from .canonicalization import canonicalizer, cones_of, split_rows, square_pattern
 from .cone import solve_rows
-from .cone_program import ConeOptions, Structure
+from .cone_program import ConeOptions
 from .cone_solvers import automatic_solver, known_solver, lower_triangles
+from .cone_structure import Structure
 
 __all__ = ["cvxpylayers_solver"]
 

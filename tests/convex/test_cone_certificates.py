@@ -5,7 +5,7 @@ import torch
 
 from difflayers.convex import Cones, solve_cone
 from difflayers.convex.cone_certificates import proves_infeasible, proves_unbounded
-from difflayers.convex.cone_program import Pattern, Structure
+from difflayers.convex.cone_structure import Pattern, Structure
 from difflayers.errors import InfeasibleError, UnboundedError
 
 FLOAT = {"dtype": torch.float64}

@@ -7,7 +7,7 @@ from difflayers.convex import cone_factor
 from difflayers.convex.cone import _pattern
 from difflayers.convex.cone_factor import ConeFactor
 from difflayers.convex.cone_geometry import spectrum
-from difflayers.convex.cone_program import Structure
+from difflayers.convex.cone_structure import Structure
 from tests.convex.cone_programs import KINDS, Known, known
 
 

@@ -7,7 +7,7 @@ from torch import Tensor
 from difflayers.convex import Cones, solve_cone
 from difflayers.convex.cone import _pattern
 from difflayers.convex.cone_polish import polish
-from difflayers.convex.cone_program import Structure
+from difflayers.convex.cone_structure import Structure
 from tests.convex.cone_programs import KINDS, known
 
 
