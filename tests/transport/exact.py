@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-import pytest
+import mpmath as mp
 import torch
 from torch import Tensor
 
@@ -17,7 +17,6 @@ def exact_plan_and_slopes(
     cost: Tensor, a: Tensor, b: Tensor, epsilon: float, start: TransportSolution, G: Tensor
 ) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
     """The plan, and the gradient of ⟨G, plan⟩ in cost, a and b, by Newton's method from ``start`` on all equations but the last."""
-    mp = pytest.importorskip("mpmath")
     n, m = cost.shape
     with mp.workdps(80):
         C, weights = (mp.matrix(part.tolist()) for part in (cost, G))
@@ -33,14 +32,14 @@ def exact_plan_and_slopes(
             missing = [want - have for want, have in zip(wanted, _sums(P), strict=True)]
             if sum(abs(part) for part in missing) < mp.mpf(10) ** -60:
                 break
-            x = [part + mp.mpf(epsilon) * step for part, step in zip(x, _solve(mp, P, missing), strict=True)]
+            x = [part + mp.mpf(epsilon) * step for part, step in zip(x, _solve(P, missing), strict=True)]
         else:
             raise AssertionError("the reference has not converged")
         M = mp.matrix(n, m)
         for i in range(n):
             for j in range(m):
                 M[i, j] = P[i, j] * weights[i, j]
-        u = _solve(mp, P, _sums(M))
+        u = _solve(P, _sums(M))
         slope = [[float((P[i, j] * (u[i] + u[n + j]) - M[i, j]) / mp.mpf(epsilon)) for j in range(m)] for i in range(n)]
         plan = [[float(P[i, j]) for j in range(m)] for i in range(n)]
         rows, columns = torch.tensor([float(part) for part in u], dtype=torch.float64).split([n, m])
@@ -52,7 +51,7 @@ def _sums(P: Any) -> list[Any]:
     return rows + [sum(P[i, j] for i in range(P.rows)) for j in range(P.cols)]
 
 
-def _solve(mp: Any, P: Any, rhs: list[Any]) -> list[Any]:
+def _solve(P: Any, rhs: list[Any]) -> list[Any]:
     n, size = P.rows, P.rows + P.cols - 1
     matrix = mp.matrix(size, size)
     for k, total in enumerate(_sums(P)[:-1]):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["COSTS", "marginal", "random_cost"]
+__all__ = ["COSTS", "marginal", "plain_sweeps", "random_cost"]
 
 
 def random_cost(*shape: int, seed: int = 0) -> Tensor:
@@ -46,3 +46,12 @@ COSTS = {
     "one row": random_cost(1, 5),
     "one": random_cost(1, 1),
 }
+
+
+def plain_sweeps(cost: Tensor, a: Tensor, b: Tensor, epsilon: float, sweeps: int) -> tuple[Tensor, Tensor]:
+    """Potentials by Sinkhorn's iteration in the log domain, as its definition has it."""
+    f, g = torch.zeros_like(a), torch.zeros_like(b)
+    for _ in range(sweeps):
+        f = epsilon * (a.log() - torch.logsumexp((g - cost) / epsilon, -1))
+        g = epsilon * (b.log() - torch.logsumexp((f.unsqueeze(-1) - cost) / epsilon, -2))
+    return f, g
