@@ -28,7 +28,6 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from ..implicit.broadcasting import BroadcastingProblem
-from ..implicit.methods import LinearMethod
 from ..solution import OnFailure, Solution, Status, report_failures
 from ..solvers.linearize import vjp
 from .cone_certificates import proves_infeasible, proves_unbounded
@@ -89,13 +88,7 @@ class ConeProblem(BroadcastingProblem):
     core_ndims = (1,) * 4
 
     def __init__(self, structure: Structure, options: ConeOptions) -> None:
-        super().__init__(
-            functools.partial(_residual, structure),
-            _searched_by_solver,
-            LinearMethod(),
-            batch_ndim=len(structure.batch),
-            on_failure=options.on_failure,
-        )
+        super().__init__(len(structure.batch), residual=functools.partial(_residual, structure), on_failure=options.on_failure)
         self.structure, self.options = structure, options
         # What the search leaves to the derivatives: the slack, and a factor made nearby.
         self._slack: Tensor | None = None
@@ -247,7 +240,3 @@ def _flat(theta: Sequence[Any], structure: Structure) -> list[Any]:
     """The arguments with one batch dimension."""
     count = math.prod(structure.batch)
     return [None if leaf is None else leaf.expand(*structure.batch, leaf.shape[-1]).reshape(count, leaf.shape[-1]) for leaf in theta]
-
-
-def _searched_by_solver(*_: Any) -> Any:
-    raise RuntimeError("a compiled solver finds the solution of a conic program, not a solver of roots")

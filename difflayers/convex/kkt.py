@@ -24,7 +24,6 @@ from torch import Tensor
 
 from ..errors import ShapeError
 from ..implicit.broadcasting import BroadcastingProblem
-from ..implicit.methods import LinearMethod
 from ..solution import OnFailure, Solution, Status, report_failures
 from .active_set import ActiveSetFactor
 from .interior_point import DenseResult, solve_dense
@@ -130,7 +129,7 @@ class KKTProblem(BroadcastingProblem):
 
     def __init__(self, sizes: Sizes, options: Options) -> None:
         residual = functools.partial(_residual, sizes)
-        super().__init__(residual, _searched_by_engine, LinearMethod(), batch_ndim=len(sizes.batch), on_failure=options.on_failure)
+        super().__init__(len(sizes.batch), residual=residual, on_failure=options.on_failure)
         self.sizes, self.options = sizes, options
         self._flat: DenseQP | None = None
         # Whether every active set was seen to be regular, and then the factors of parts of the batch.
@@ -384,7 +383,3 @@ def flat_problem(theta: Sequence[Any], sizes: Sizes) -> DenseQP:
         quadratic = (quadratic + quadratic.mT) / 2
     box = (vector(lb, sizes.n), vector(ub, sizes.n)) if sizes.boxed else (None, None)
     return DenseQP(quadratic, vector(q, sizes.n), matrix(G, sizes.m), vector(h, sizes.m), matrix(A, sizes.p), vector(b, sizes.p), *box)
-
-
-def _searched_by_engine(*_: Any) -> Any:
-    raise RuntimeError("the dense engine solves quadratic programs, not a solver of roots")

@@ -22,7 +22,6 @@ import torch
 from torch import Tensor
 
 from ..implicit.broadcasting import BroadcastingProblem
-from ..implicit.methods import LinearMethod
 from ..solution import OnFailure, Solution, Status, report_failures
 from .kkt import SINGULAR_ABOVE, Options, QPSolution, Sizes, active_sides
 from .normal_equations import ABSENT
@@ -87,7 +86,7 @@ class SparseKKTProblem(BroadcastingProblem):
 
     def __init__(self, sizes: Sizes, options: Options, patterns: tuple[Pattern, Pattern, Pattern]) -> None:
         residual = functools.partial(_residual, sizes, patterns)
-        super().__init__(residual, _searched_by_engine, LinearMethod(), batch_ndim=len(sizes.batch), on_failure=options.on_failure)
+        super().__init__(len(sizes.batch), residual=residual, on_failure=options.on_failure)
         self.sizes, self.options, self.patterns = sizes, options, patterns
 
     def find(self, x0: Tensor, theta: Sequence[Any]) -> Any:
@@ -316,7 +315,3 @@ def _in_threads(function: Callable[[int], Any], count: int) -> list[Any]:
         return [function(i) for i in range(count)]
     with ThreadPoolExecutor(workers) as pool:
         return list(pool.map(function, range(count)))
-
-
-def _searched_by_engine(*_: Any) -> Any:
-    raise RuntimeError("the sparse engine solves quadratic programs, not a solver of roots")

@@ -31,7 +31,7 @@ from ..solution import OnFailure, Solution, Status, report_failures
 from ..solvers.linearize import block_jacobian, jvp, vjp, without_saved_tensor_hooks
 from .methods import LinearMethod
 
-__all__ = ["ImplicitFunction", "Linearized", "Problem", "check_residual", "is_followed", "nan_where_failed", "solve_implicitly"]
+__all__ = ["ImplicitFunction", "Linearized", "Problem", "check_residual", "in_a_transform", "nan_where_failed", "solve_implicitly"]
 
 Find = Callable[[Callable[[Tensor], Tensor], Tensor, int], Solution]
 
@@ -49,9 +49,13 @@ def solve_implicitly(problem: Problem | Linearized, x0: Tensor, theta: Sequence[
     return found._replace(x=found.x.clone())
 
 
-def is_followed() -> bool:
-    """Whether autograd, forward mode or a transform may follow what is computed here; if none does, it may be done in place."""
-    return torch.is_grad_enabled() or forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None
+def in_a_transform(*tensors: Tensor) -> bool:
+    """Whether forward mode or a transform is at work here, or autograd's older vmap on one of ``tensors``.
+
+    If none is, and no graph is recorded, what is computed here may be done in place, and needs no Function.
+    """
+    stack = torch._C._functorch
+    return forward_ad._current_level >= 0 or stack.peek_interpreter_stack() is not None or any(map(stack.is_legacy_batchedtensor, tensors))
 
 
 def check_residual(residual: Tensor, x: Tensor, of: str = "the residual", like: str = "x") -> None:
@@ -368,7 +372,7 @@ def _apply(problem: Linearized, *operands: Any) -> tuple[Tensor, ...]:
     """
     batched = [isinstance(leaf, Tensor) and torch._C._functorch.is_legacy_batchedtensor(leaf) for leaf in operands]
     if not any(batched):
-        return (ImplicitFunction.apply if is_followed() else ImplicitFunction.forward)(problem, *operands)
+        return (ImplicitFunction.apply if torch.is_grad_enabled() or in_a_transform() else ImplicitFunction.forward)(problem, *operands)
     level = torch._C._vmapmode_increment_nesting() - 1
     torch._C._vmapmode_decrement_nesting()
     plain = [torch._remove_batch_dim(leaf, level, 0, 0) if yes else leaf for leaf, yes in zip(operands, batched, strict=True)]

@@ -20,12 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..implicit.broadcasting import BroadcastingProblem
+from ..implicit.broadcasting import ExplicitProblem
 from ..implicit.closure import visible_to_modes
 from ..implicit.eager import eager
-from ..implicit.function import ImplicitFunction, is_followed
-from ..implicit.methods import LinearMethod
-from ..solution import Solution
+from ..implicit.function import ImplicitFunction, in_a_transform
 from .comparators import Wiring
 
 __all__ = ["carry"]
@@ -46,13 +44,13 @@ def carry(y: Tensor, weights: Tensor, wiring: Wiring, *, backwards: bool = False
     return rows.unflatten(-1, y.shape[-2:])
 
 
-class _Carry(BroadcastingProblem):
+class _Carry(ExplicitProblem):
     """Y − Pᵀ y = 0 in Y, as rows ``(*batch, n · k)``; the arguments are the weights and y."""
 
     core_ndims = (1, 2)
 
     def __init__(self, wiring: Wiring, backwards: bool, batch_ndim: int) -> None:
-        super().__init__(self._residual, _not_searched, LinearMethod(), batch_ndim=batch_ndim)
+        super().__init__(batch_ndim, residual=self._residual)
         self.wiring, self.backwards = wiring, backwards
 
     def deeper(self, size: int) -> _Carry:
@@ -74,9 +72,7 @@ class _Carry(BroadcastingProblem):
     def _residual(self, rows: Tensor, weights: Tensor, y: Tensor) -> Tensor:
         weights, y = self._wires_first(weights, y)
         for layer, weight in self._steps(weights, backwards=self.backwards):
-            lower, upper = layer.halves(y)
-            moved = weight * (layer.facing(upper) - lower)
-            y = layer.replaced(y, lower + moved, upper - layer.facing(moved))
+            y = layer.moved(y, weight * layer.difference(y))
         return rows - self._rows(y)
 
     def find(self, x0: Tensor, theta: Sequence[Any]) -> Any:
@@ -86,15 +82,8 @@ class _Carry(BroadcastingProblem):
             _advance(y, *step)
         return (self._rows(y),)
 
-    def operator(self, point: Sequence[Any], transpose: bool) -> Any:
-        return lambda u: u
-
-    def solve_linear(self, point: Sequence[Any], rhs: Tensor, transpose: bool, columns: bool) -> Solution:
-        status = torch.zeros(rhs.shape[:-1], dtype=torch.int64, device=rhs.device)
-        return Solution(rhs.clone(), status, rhs.new_zeros(rhs.shape[:-1]), status)
-
     def pullback(self, x: Tensor, theta: Sequence[Any], which: Sequence[int], u: Tensor) -> Sequence[Tensor]:
-        if is_followed() or torch._C._functorch.is_legacy_batchedtensor(u):
+        if torch.is_grad_enabled() or in_a_transform(u):
             return super().pullback(x, theta, which, u)
         weights, y = self._wires_first(*theta)
         cotangent = _copy(self.wiring.on_wires(-u.unflatten(-1, theta[1].shape[-2:]).movedim(-2, 0)))
@@ -130,13 +119,6 @@ def _run(y: Tensor, steps: Sequence[tuple[Any, ...]]) -> tuple[Tensor, list[Tens
 
 def _advance(y: Tensor, layer: Any, weight: Tensor) -> Tensor:
     """One layer in place; the differences of its pairs before it."""
-    lower, upper = layer.halves(y)
-    difference = layer.facing(upper) - lower
-    moved = weight * difference
-    lower += moved
-    upper -= layer.facing(moved)
+    difference = layer.difference(y)
+    layer.move_(y, weight * difference)
     return difference
-
-
-def _not_searched(*_: Any) -> Any:
-    raise RuntimeError("the network is run, not searched for")

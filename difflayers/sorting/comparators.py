@@ -65,19 +65,39 @@ class Layer:
         """``(comparators, *rest)`` as ``(groups, length, *rest)``, or wires with the halves in ``between``."""
         return part.unflatten(0, (self.groups, *between, self.length))
 
-    def replaced(self, y: Tensor, lower: Tensor, upper: Tensor) -> Tensor:
-        """The wires y with new halves, as a new tensor.
+    def difference(self, y: Tensor) -> Tensor:
+        """The second wire of each comparator minus the first, ``(groups, length, *rest)``.
 
         Args:
             y: ``(wires, *rest)``.
-            lower: ``(groups, length, *rest)``.
-            upper: likewise.
         """
-        compared = torch.stack((lower, upper), 1).flatten(0, 2)
+        lower, upper = self.halves(y)
+        return self.facing(upper) - lower
+
+    def moved(self, y: Tensor, amount: Tensor) -> Tensor:
+        """The wires once an amount has gone from the second wire of each comparator to the first, as a new tensor.
+
+        Args:
+            y: ``(wires, *rest)``.
+            amount: ``(groups, length, *rest)``.
+        """
+        lower, upper = self.halves(y)
+        compared = torch.stack((lower + amount, upper - self.facing(amount)), 1).flatten(0, 2)
         end = self.offset + 2 * self.count
         if self.offset == 0 and end == y.shape[0]:
             return compared
         return torch.cat((y[: self.offset], compared, y[end:]))
+
+    def move_(self, y: Tensor, amount: Tensor) -> None:
+        """As :meth:`moved`, in place.
+
+        Args:
+            y: ``(wires, *rest)``.
+            amount: ``(groups, length, *rest)``.
+        """
+        lower, upper = self.halves(y)
+        lower += amount
+        upper -= self.facing(amount)
 
     def below(self, limit: int) -> Tensor:
         """Which comparators have both wires below ``limit``: ``(comparators,)`` bool."""
@@ -129,6 +149,11 @@ class Wiring:
         if self._active is None:
             return weights
         return torch.where(self._active.to(weights.device).reshape(-1, *[1] * (weights.dim() - 1)), weights, 0)
+
+    @property
+    def comparators(self) -> int:
+        """How many there are in all."""
+        return sum(self.counts)
 
     def on_wires(self, y: Tensor) -> Tensor:
         """Values ``(size, *rest)`` on all the wires; a new tensor if there are more."""

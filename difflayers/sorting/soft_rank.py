@@ -31,14 +31,12 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from ..convex.projections.pooling import pool, pool_exponentials
 from ..implicit.broadcasting import BroadcastingProblem
 from ..implicit.closure import visible_to_modes
 from ..implicit.eager import eager
-from ..implicit.function import ImplicitFunction
-from ..implicit.methods import LinearMethod
+from ..implicit.function import ImplicitFunction, in_a_transform
 from .arguments import Strength, check_choice, rows_and_strength
 
 __all__ = ["soft_rank", "soft_sort"]
@@ -171,8 +169,7 @@ def _log_geometric_sum(count: Tensor, strength: float | Tensor) -> Tensor:
 def _blocks(problem: _Pooled, x: Tensor, strength: float | Tensor) -> tuple[Tensor, ...]:
     """What the problem finds."""
     operands = [x.detach(), strength.detach()] if isinstance(strength, Tensor) else [x.detach()]
-    modes = torch._C._len_torch_function_stack() or torch._C._functorch.peek_interpreter_stack() is not None
-    if not modes and forward_ad._current_level < 0 and not any(map(torch._C._functorch.is_legacy_batchedtensor, operands)):
+    if not torch._C._len_torch_function_stack() and not in_a_transform(*operands):
         return problem.find(x.new_zeros(0), operands)[1:]  # nothing to see through: a Function costs as much as a row
     return ImplicitFunction.apply(problem, x.new_zeros(0), *visible_to_modes(operands))[1:]
 
@@ -188,7 +185,7 @@ class _Pooled(BroadcastingProblem):
     by_entry = False
 
     def __init__(self, batch_ndim: int, strength: float | Tensor, kl: bool) -> None:
-        super().__init__(_nothing, _nothing, LinearMethod(), batch_ndim=batch_ndim)
+        super().__init__(batch_ndim)
         self.core_ndims = (1, 1) if isinstance(strength, Tensor) else (1,)
         self.strength, self.kl = strength, kl
 
@@ -267,7 +264,3 @@ def _without_infinities(z: np.ndarray, apart: Any) -> np.ndarray:
     highest = np.where(finite, z, 0).max(1, keepdims=True)
     margin = 2 * (highest + apart)
     return np.clip(z, -margin, highest + margin)
-
-
-def _nothing(*_: Any) -> Any:
-    raise RuntimeError("blocks are pooled, not solved for")

@@ -36,7 +36,6 @@ from ..implicit.broadcasting import BroadcastingProblem
 from ..implicit.closure import visible_to_modes
 from ..implicit.eager import eager
 from ..implicit.function import ImplicitFunction
-from ..implicit.methods import LinearMethod
 from .arguments import Strength, check_choice, rows_and_strength
 
 __all__ = ["soft_topk"]
@@ -173,9 +172,6 @@ class _Middle(BroadcastingProblem):
 
     core_ndims = (1, 1)
 
-    def __init__(self, batch_ndim: int) -> None:
-        super().__init__(_nothing, _nothing, LinearMethod(), batch_ndim=batch_ndim)
-
     def find(self, x0: Tensor, theta: Sequence[Any]) -> Any:
         z, count = theta
         # On the CPU, NumPy is the faster one to sort.
@@ -189,7 +185,3 @@ class _Middle(BroadcastingProblem):
 
     def deeper(self, size: int) -> _Middle:
         return _Middle(self.batch_ndim + 1)
-
-
-def _nothing(*_: Any) -> Any:
-    raise RuntimeError("entries are sorted, not solved for")

@@ -28,7 +28,6 @@ from ..implicit.broadcasting import BroadcastingProblem
 from ..implicit.closure import visible_to_modes
 from ..implicit.eager import eager
 from ..implicit.function import ImplicitFunction
-from ..implicit.methods import LinearMethod
 from ..solution import Solution
 from .comparators import Wiring
 from .relaxations import ConditionalSwap
@@ -58,7 +57,7 @@ class _Swaps(BroadcastingProblem):
     core_ndims = (1,)
 
     def __init__(self, wiring: Wiring, swap: ConditionalSwap, batch_ndim: int) -> None:
-        super().__init__(self._residual, _not_searched, LinearMethod(), batch_ndim=batch_ndim)
+        super().__init__(batch_ndim, residual=self._residual)
         self.wiring, self.swap = wiring, swap
 
     def deeper(self, size: int) -> _Swaps:
@@ -70,24 +69,19 @@ class _Swaps(BroadcastingProblem):
         moved = wiring.only_active(self.swap.weight(differences) * differences)
         y, residuals = wiring.on_wires(start), [start - x.movedim(-1, 0)]
         for layer, d, h in wiring.steps(differences, moved):
-            lower, upper = layer.halves(y)
-            residuals.append((d - (layer.facing(upper) - lower)).flatten(0, 1))
-            y = layer.replaced(y, lower + h, upper - layer.facing(h))
+            residuals.append((d - layer.difference(y)).flatten(0, 1))
+            y = layer.moved(y, h)
         return torch.cat([*residuals, values - y[: wiring.size]]).movedim(0, -1)
 
     def find(self, x0: Tensor, theta: Sequence[Any]) -> Any:
         wiring, swap, size = self.wiring, self.swap, self.wiring.size
         columns = _as_columns(theta[0])
-        rows = columns.new_empty(2 * size + sum(wiring.counts), columns.shape[1])
-        y = self._wires(columns)
-        for layer, d, active in wiring.steps(rows[size:-size], wiring.only_active(rows.new_ones(sum(wiring.counts), 1))):
-            lower, upper = layer.halves(y)
-            torch.sub(layer.facing(upper), lower, out=d)
-            moved = swap.weight(d).mul_(d)
-            if wiring.wires > size:
-                moved *= active
-            lower += moved
-            upper -= layer.facing(moved)
+        rows = columns.new_empty(2 * size + wiring.comparators, columns.shape[1])
+        y = _copy(wiring.on_wires(columns))
+        for layer, d, active in wiring.steps(rows[size:-size], wiring.only_active(rows.new_ones(wiring.comparators, 1))):
+            d.copy_(layer.difference(y))
+            amount = swap.weight(d).mul_(d)
+            layer.move_(y, amount if wiring.wires == size else amount.mul_(active))
         rows[:size], rows[-size:] = columns, y[:size]
         return (rows.T.reshape(*theta[0].shape[:-1], rows.shape[0]),)
 
@@ -98,22 +92,16 @@ class _Swaps(BroadcastingProblem):
         slopes = self._factor
         if columns:
             slopes = slopes.unsqueeze(1).expand(-1, rhs.shape[0], -1).flatten(1)
-        u = _as_columns(rhs).contiguous()
-        u = u.clone() if u.data_ptr() == rhs.data_ptr() else u
+        u = _copy(_as_columns(rhs))
         steps = wiring.steps(u[size:-size], slopes)
-        y = self._wires(u[-size:] if transpose else u[:size])
+        y = _copy(wiring.on_wires(u[-size:] if transpose else u[:size]))
         for layer, d, slope in reversed(steps) if transpose else steps:
-            lower, upper = layer.halves(y)
-            difference = layer.facing(upper) - lower
             if transpose:
-                d -= slope * difference
-                lower -= d
-                upper += layer.facing(d)
+                d -= slope * layer.difference(y)
+                layer.move_(y, -d)
             else:
-                d += difference
-                moved = slope * d
-                lower += moved
-                upper -= layer.facing(moved)
+                d += layer.difference(y)
+                layer.move_(y, slope * d)
         if transpose:
             u[:size] += y[:size]
         else:
@@ -127,17 +115,11 @@ class _Swaps(BroadcastingProblem):
     def pushforward(self, x: Tensor, theta: Sequence[Any], which: Sequence[int], tangents: Sequence[Tensor]) -> Tensor:
         return torch.nn.functional.pad(-tangents[0], (0, x.shape[-1] - self.wiring.size))
 
-    def _wires(self, columns: Tensor) -> Tensor:
-        """A copy of values ``(n, elements)`` on all the wires."""
-        y = columns.new_zeros(self.wiring.wires, columns.shape[1])
-        y[: self.wiring.size] = columns
-        return y
-
 
 def _as_columns(rows: Tensor) -> Tensor:
     """Rows ``(*batch, n)`` as ``(n, elements)``: what is done to one wire is then done along contiguous memory."""
     return rows.reshape(math.prod(rows.shape[:-1]), rows.shape[-1]).T
 
 
-def _not_searched(*_: Any) -> Any:
-    raise RuntimeError("the network is run, not searched for")
+def _copy(part: Tensor) -> Tensor:
+    return part.clone(memory_format=torch.contiguous_format)

@@ -18,8 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..implicit.broadcasting import BroadcastingProblem
-from ..implicit.methods import LinearMethod
+from ..implicit.broadcasting import BroadcastingProblem, ExplicitProblem
 from ..solution import OnFailure, Solution, Status, report_failures
 from ..solvers.linear import cg
 from .laplacian import Laplacian
@@ -90,7 +89,7 @@ class Marginals(BroadcastingProblem):
     core_ndims = (2, 1, 1, 0, 0)
 
     def __init__(self, batch_ndim: int, options: Options) -> None:
-        super().__init__(_marginal_error, _nothing, LinearMethod(), batch_ndim=batch_ndim, on_failure=options.on_failure)
+        super().__init__(batch_ndim, residual=_marginal_error, on_failure=options.on_failure)
         self.options = options
 
     def find(self, x0: Tensor, theta: Sequence[Any]) -> Any:
@@ -245,28 +244,19 @@ class _Factor:
         )
 
 
-class DualValue(BroadcastingProblem):
+class DualValue(ExplicitProblem):
     """v − L(C, a, b, ε, potentials) = 0; L is the Lagrangian, stationary in the potentials, which therefore receive no cotangent."""
 
     core_ndims = (2, 1, 1, 0, 1)
 
     def __init__(self, batch_ndim: int) -> None:
-        super().__init__(_lagrangian_error, _nothing, LinearMethod(), batch_ndim=batch_ndim)
+        super().__init__(batch_ndim, residual=_lagrangian_error)
 
     def find(self, x0: Tensor, theta: Sequence[Any]) -> Any:
         """⟨a, f⟩ + ⟨b, g⟩."""
         C, a, b, _, potentials = theta
         f, g = potentials.split(list(C.shape[-2:]), -1)
         return (((a * f).sum(-1) + (b * g).sum(-1)).unsqueeze(-1).expand(x0.shape).clone(),)
-
-    def operator(self, point: Sequence[Any], transpose: bool) -> Any:
-        """The identity."""
-        return lambda u: u
-
-    def solve_linear(self, point: Sequence[Any], rhs: Tensor, transpose: bool, columns: bool) -> Solution:
-        """The identity."""
-        status = torch.zeros(rhs.shape[:-1], dtype=torch.int64, device=rhs.device)
-        return Solution(rhs.clone(), status, rhs.new_zeros(rhs.shape[:-1]), status)
 
     def pullback(self, x: Tensor, theta: Sequence[Any], which: Sequence[int], u: Tensor) -> Any:
         """The gradient of −L with the potentials held; what they carry themselves makes second derivatives right."""
@@ -316,7 +306,3 @@ def _what(status: Tensor, theta: Sequence[Any], batch: Sequence[int]) -> str:
     if min(float(a.min()), float(b.min())) < 0:
         return f"sinkhorn (marginals must not be negative; the smallest entry is {min(float(a.min()), float(b.min())):.3g})"
     return f"sinkhorn (a and b must have the same total mass; a sums to {float(a.sum()):.9g}, b to {float(b.sum()):.9g})"
-
-
-def _nothing(*_: Any) -> Any:
-    raise RuntimeError("the marginal equations have their own solvers")

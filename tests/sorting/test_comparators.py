@@ -18,9 +18,7 @@ def sort_hard(wiring: Wiring, x: torch.Tensor) -> torch.Tensor:
     largest = torch.iinfo(x.dtype).max
     y = torch.cat((x.T, torch.full((wiring.wires - wiring.size, x.shape[0]), largest, dtype=x.dtype)))
     for layer in wiring.layers:
-        lower, upper = layer.halves(y)
-        facing = layer.facing(upper)
-        y = layer.replaced(y, torch.minimum(lower, facing), layer.facing(torch.maximum(lower, facing)))
+        y = layer.moved(y, layer.difference(y).clamp(max=0))
     return y[: wiring.size].T
 
 

@@ -12,7 +12,6 @@ from ...errors import ShapeError
 from ...implicit.broadcasting import BroadcastingProblem
 from ...implicit.closure import visible_to_modes
 from ...implicit.function import ImplicitFunction
-from ...implicit.methods import LinearMethod
 from ...solution import OnFailure, Solution, Status, report_failures
 
 __all__ = ["Number", "check_parameter", "check_rows", "failures_reported", "negative_radius_reported", "radius"]
@@ -135,7 +134,7 @@ class _Report(BroadcastingProblem):
     """Nothing to solve, only failures to report, for all elements of all vmaps at once."""
 
     def __init__(self, what: str, on_failure: OnFailure, batch_ndim: int, core_ndim: int) -> None:
-        super().__init__(_nothing, _nothing, LinearMethod(), batch_ndim=batch_ndim, on_failure=on_failure)
+        super().__init__(batch_ndim, on_failure=on_failure)
         self.what, self.core_ndims = what, (core_ndim, 0, 0)
 
     def find(self, x0: Tensor, theta: Sequence[Any]) -> Any:
@@ -148,7 +147,3 @@ class _Report(BroadcastingProblem):
 
     def deeper(self, size: int) -> _Report:
         return _Report(self.what, self.on_failure, self.batch_ndim + 1, self.core_ndims[0])
-
-
-def _nothing(*_: Any) -> Any:
-    raise RuntimeError("a report has no residual")

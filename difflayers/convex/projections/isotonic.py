@@ -23,7 +23,6 @@ from ...implicit.broadcasting import BroadcastingProblem
 from ...implicit.closure import visible_to_modes
 from ...implicit.eager import eager
 from ...implicit.function import ImplicitFunction
-from ...implicit.methods import LinearMethod
 from .arguments import check_parameter, check_rows
 from .pooling import pool
 
@@ -78,9 +77,6 @@ class _Pooling(BroadcastingProblem):
 
     core_ndims = (1, 1)
 
-    def __init__(self, batch_ndim: int) -> None:
-        super().__init__(_nothing, _nothing, LinearMethod(), batch_ndim=batch_ndim)
-
     def find(self, x0: Tensor, theta: Sequence[Any]) -> Any:
         x, w = torch.broadcast_tensors(*theta)
         n = x.shape[-1]
@@ -91,7 +87,3 @@ class _Pooling(BroadcastingProblem):
 
     def deeper(self, size: int) -> _Pooling:
         return _Pooling(self.batch_ndim + 1)
-
-
-def _nothing(*_: Any) -> Any:
-    raise RuntimeError("blocks are pooled, not solved for")

@@ -19,7 +19,6 @@ from torch import Tensor
 from ...implicit.broadcasting import BroadcastingProblem
 from ...implicit.closure import visible_to_modes
 from ...implicit.function import solve_implicitly
-from ...implicit.methods import LinearMethod
 from ...solution import Solution, Status
 
 __all__ = ["Equation", "scalar_root"]
@@ -58,7 +57,7 @@ def scalar_root(equation: Equation, *theta: Tensor) -> Tensor:
 
 class _ScalarRoot(BroadcastingProblem):
     def __init__(self, equation: Equation, batch_ndim: int, count: int) -> None:
-        super().__init__(equation.residual, _find_nothing, LinearMethod(), batch_ndim=batch_ndim)
+        super().__init__(batch_ndim, residual=equation.residual)
         self.equation, self.core_ndims = equation, (1,) * count
 
     def find(self, x0: Tensor, theta: Sequence[Any]) -> Solution:
@@ -115,7 +114,3 @@ def _bracketed_newton(equation: Equation, theta: list[Tensor]) -> tuple[Tensor, 
 def _between(lower: Tensor, upper: Tensor) -> Tensor:
     """The middle of a bracket that may be hundreds wide around a root near zero: half-way in asinh, the logarithm of what is large."""
     return torch.maximum(lower, torch.minimum(torch.sinh((torch.asinh(lower) + torch.asinh(upper)) / 2), upper))
-
-
-def _find_nothing(*_: Any) -> Any:
-    raise RuntimeError("a scalar root has its own search")

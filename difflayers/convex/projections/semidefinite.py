@@ -31,7 +31,6 @@ from ...implicit.broadcasting import BroadcastingProblem
 from ...implicit.closure import visible_to_modes
 from ...implicit.eager import eager
 from ...implicit.function import ImplicitFunction, solve_implicitly
-from ...implicit.methods import LinearMethod
 from ...solution import Solution
 from .arguments import check_rows
 
@@ -85,9 +84,6 @@ class _Eigenbasis(BroadcastingProblem):
 
     core_ndims = (2,)
 
-    def __init__(self, batch_ndim: int) -> None:
-        super().__init__(_find_nothing, _find_nothing, LinearMethod(), batch_ndim=batch_ndim)
-
     def find(self, x0: Tensor, theta: Sequence[Any]) -> Any:
         X = theta[0]
         # LAPACK stops at a NaN, and with it the whole batch.
@@ -105,7 +101,7 @@ class _NegativePart(BroadcastingProblem):
     core_ndims = (2,)
 
     def __init__(self, n: int, batch_ndim: int) -> None:
-        super().__init__(self._complementarity, _find_nothing, LinearMethod(), batch_ndim=batch_ndim)
+        super().__init__(batch_ndim, residual=self._complementarity)
         self.n = n
 
     def _complementarity(self, x: Tensor, X: Tensor) -> Tensor:
@@ -144,7 +140,3 @@ class _NegativePart(BroadcastingProblem):
 
     def _matrix(self, rows: Tensor) -> Tensor:
         return rows.unflatten(-1, (self.n, self.n))
-
-
-def _find_nothing(*_: Any) -> Any:
-    raise RuntimeError("an eigendecomposition finds the projection, not a solver of roots")

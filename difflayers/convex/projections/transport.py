@@ -29,7 +29,6 @@ from ...implicit.broadcasting import BroadcastingProblem
 from ...implicit.closure import visible_to_modes
 from ...implicit.eager import eager
 from ...implicit.function import ImplicitFunction
-from ...implicit.methods import LinearMethod
 from ...solution import OnFailure, Solution, Status, report_failures
 from .arguments import check_parameter, check_rows
 from .simplex import on_simplex, simplex_support
@@ -148,7 +147,7 @@ class _Dual(BroadcastingProblem):
     core_ndims = (2, 1, 1, 0)
 
     def __init__(self, batch_ndim: int, on_failure: OnFailure, balanced: float) -> None:
-        super().__init__(_row_error, _nothing, LinearMethod(), batch_ndim=batch_ndim, on_failure=on_failure)
+        super().__init__(batch_ndim, residual=_row_error, on_failure=on_failure)
         self.balanced = balanced
 
     def find(self, x0: Tensor, theta: Sequence[Any]) -> Solution:
@@ -269,7 +268,3 @@ def _newton(S: Tensor, a: Tensor, b: Tensor, finite: Tensor, balanced: float) ->
 
 def _chosen(where: Tensor, new: _State, old: _State) -> _State:
     return _State(*(torch.where(where.reshape(-1, *[1] * (x.dim() - 1)), x, y) for x, y in zip(new, old, strict=True)))
-
-
-def _nothing(*_: Any) -> Any:
-    raise RuntimeError("the dual has its own Newton method")
