@@ -108,7 +108,9 @@ def exact_plan(cost: Tensor, epsilon: float) -> tuple[np.ndarray, np.ndarray]:
         P = np.exp((x[:n, None] + x[n:] - C) / epsilon)
         matrix = np.block([[np.diag(P.sum(1)), P], [P.T, np.diag(P.sum(0))]])[:-1, :-1]
         if step < 3:
-            x = x + epsilon * np.append(np.linalg.solve(matrix, wanted - np.concatenate([P.sum(1), P.sum(0)])[:-1]), 0)
+            # The plan of a cloud with itself may be disconnected up to rounding: the shift keeps the matrix regular.
+            shifted = matrix + 1e-13 * np.diag(matrix.diagonal())
+            x = x + epsilon * np.append(np.linalg.solve(shifted, wanted - np.concatenate([P.sum(1), P.sum(0)])[:-1]), 0)
     return P, matrix
 
 

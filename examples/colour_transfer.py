@@ -42,8 +42,8 @@ parser.add_argument("--steps", type=int, default=120, help="training steps of th
 parser.add_argument("--smoothness", type=float, nargs="+", default=[1.0, 10.0, 100.0], help="weights of the curvature, one table each")
 options, _ = parser.parse_known_args()
 if os.environ.get("DIFFLAYERS_SHORT") == "1":
-    options.steps = 3
-    print("DIFFLAYERS_SHORT=1: 3 training steps, to see that everything runs; the numbers mean nothing")
+    options.steps = 12
+    print("DIFFLAYERS_SHORT=1: 12 training steps, to see that everything runs; the numbers mean nothing")
 torch.set_num_threads(1)  # the problems are small: more threads would only wait for each other
 
 # %%
@@ -137,7 +137,7 @@ def curvature(table: Tensor) -> Tensor:
 weights = torch.tensor(options.smoothness).repeat(len(TASKS))
 table = torch.zeros(len(weights), 3, GRID, GRID, GRID, requires_grad=True)
 optimizer = torch.optim.Adam([table], lr=0.03)
-schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.03, total_steps=max(options.steps, 10), pct_start=0.1)
+schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.03, total_steps=options.steps, pct_start=0.1)
 generator = torch.Generator().manual_seed(0)
 with tqdm(range(options.steps), desc="six tables") as bar:
     for _ in bar:
