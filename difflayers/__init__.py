@@ -19,6 +19,7 @@ tensor([[ 0.5000, -0.5000,  0.0000]])
                          written in CVXPY: :class:`CvxpyLayer`; ``projections`` on convex sets: :class:`Projection`
 ``difflayers.sorting``   sorting, ranking and top-k that gradients pass through: :class:`SortingNetwork`
 ``difflayers.transport`` optimal transport plans at any temperature: :class:`SinkhornLayer`, ``sinkhorn``
+``difflayers.rebasin``   trained networks brought together modulo permutations of their hidden units
 ``difflayers.implicit``  the core: ``implicit_root``, ``implicit_fixed_point``, ``custom_root``,
                          ``linear_solve``, ``conditions``
 ``difflayers.solvers``   how a solution is found: batched loops that stop element by element
@@ -35,7 +36,7 @@ from . import errors
 from .solution import Solution, Status
 
 if TYPE_CHECKING:
-    from . import convex, implicit, solvers, sorting, transport
+    from . import convex, implicit, rebasin, solvers, sorting, transport
     from .convex import CvxpyLayer, Projection, QPLayer
     from .sorting import SortingNetwork
     from .transport import SinkhornLayer
@@ -54,6 +55,7 @@ __all__ = [
     "convex",
     "errors",
     "implicit",
+    "rebasin",
     "solvers",
     "sorting",
     "transport",
