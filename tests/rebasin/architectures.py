@@ -195,7 +195,7 @@ class LanguageModel(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.embedding, self.place = nn.Embedding(9, 8), nn.Embedding(6, 8)
-        layer = nn.TransformerEncoderLayer(8, 2, 10, batch_first=True, norm_first=True)
+        layer = nn.TransformerEncoderLayer(8, 2, 10, dropout=0.0, batch_first=True, norm_first=True)
         self.encoder = nn.TransformerEncoder(layer, 2, norm=nn.LayerNorm(8), enable_nested_tensor=False)
         self.decoder = nn.Linear(8, 9, bias=False)
         self.decoder.weight = self.embedding.weight

@@ -139,6 +139,7 @@ class _Inference(fx.Interpreter):
 
     def __init__(self, model: nn.Module, graph: fx.Graph, overrides: Mapping[Any, Override]) -> None:
         super().__init__(model, garbage_collect_values=False, graph=graph)
+        self.extra_traceback = False
         self.model, self.overrides = model, overrides
         self.terms: dict[fx.Node, Any] = {}
         self.state = model.state_dict(keep_vars=True)
