@@ -1,22 +1,23 @@
 r"""The plan with a quadratic regularization, and the one with at most k nonzeros a column, from semismooth Newton steps.
 
-Without k the dual function is smooth, and Newton's method (:mod:`~difflayers.transport.semismooth`) goes from large γ, whose plans are dense,
-to γ itself. With k the columns must lie in a set that is not convex. Its convex envelope relaxes the problem to
+Without k the dual function is smooth, and Newton's method (:mod:`~difflayers.transport.semismooth`) goes from large γ, whose plans are
+dense, to γ itself. With k the columns must lie in a set that is not convex. Its convex envelope relaxes the problem to
 
 .. math:: \min_{T, U} \; ⟨T, C⟩ + \frac{γ}{2} \sum_{ij} \frac{T_{ij}^2}{U_{ij}}, \qquad T \ge 0,\; T 1 = a,\; T^T 1 = b,\;
    0 \le U \le 1,\; U^T 1 \le k,
 
 whose dual is the concave semi-dual of the sparse problem, with a kink wherever the k-th and the next entry of a column tie. The proximal
-point method solves it: :math:`T ← \operatorname{argmin} \; \cdot + \frac{δ}{2} ‖T - T_0‖^2` with falling δ, each by Newton's method. It needs
-no smoothness and no regularity, and ends with a plan T of the relaxed problem and with potentials; the gap between their two values,
+point method solves it: :math:`T ← \operatorname{argmin} \; \cdot + \frac{δ}{2} ‖T - T_0‖^2` with falling δ, each by Newton's method. It
+needs no smoothness and no regularity, and ends with a plan T of the relaxed problem and with potentials; the gap between their two
+values,
 
-.. math:: \sum_j \Big( \frac{γ}{2} \sum_i \frac{T_{ij}^2}{U_{ij}} - ⟨T_j, v_j⟩ + \frac{1}{2γ} \sum_{\text{k largest}} (v_{ij})_+^2 \Big) \ge 0,
-   \qquad v = α ⊕ β - C,
+.. math:: \sum_j \Big( \frac{γ}{2} \sum_i \frac{T_{ij}^2}{U_{ij}} - ⟨T_j, v_j⟩ + \frac{1}{2γ} \sum_{\text{k largest}} (v_{ij})_+^2 \Big)
+   \ge 0, \qquad v = α ⊕ β - C,
 
 proves both optimal. If T has at most k nonzeros a column it solves the sparse problem.
 
-References: Liu, Puigcerver and Blondel, Sparsity-constrained optimal transport, ICLR 2023, arXiv:2209.15466; Rockafellar, Augmented Lagrangians
-and applications of the proximal point algorithm in convex programming, Mathematics of Operations Research 1 (1976).
+References: Liu, Puigcerver and Blondel, Sparsity-constrained optimal transport, ICLR 2023, arXiv:2209.15466; Rockafellar, Augmented
+Lagrangians and applications of the proximal point algorithm in convex programming, Mathematics of Operations Research 1 (1976).
 """
 
 from __future__ import annotations
@@ -74,7 +75,7 @@ def quadratic_plan(X: Tensor, a: Tensor, b: Tensor, gamma: Tensor, tol: Tensor, 
         tol: ``(N,)``, the marginal error (1-norm) to reach.
         max_iter: most Newton steps.
     """
-    problem = Quadratic(X, a, b, gamma, torch.zeros_like(gamma), None)
+    problem = Quadratic(X, a, b, gamma, torch.zeros_like(gamma), X.new_zeros(len(X), 1, 1))
     mass = a.sum(-1)
     levels = (torch.log(_dense(X, mass) / gamma) / -math.log(_FALL)).ceil().clamp(min=0).nan_to_num(0).to(torch.int64)
     alpha, beta = torch.zeros_like(a), _columns_met(X, torch.zeros_like(a), b, gamma * (1 / _FALL) ** levels, None)
@@ -104,7 +105,7 @@ def sparse_plan(X: Tensor, a: Tensor, b: Tensor, gamma: Tensor, k: int, tol: Ten
         max_iter: most Newton steps.
     """
     alpha, beta, relaxed, share, iterations = _proximal_point(X, a, b, gamma, k, tol, max_iter)
-    problem = Quadratic(X, a, b, gamma, torch.zeros_like(gamma), None)
+    problem = Quadratic(X, a, b, gamma, torch.zeros_like(gamma), X.new_zeros(len(X), 1, 1))
     chosen = relaxed.topk(k, -1)
     support = torch.zeros_like(relaxed, dtype=torch.bool).scatter_(-1, chosen.indices, chosen.values > 0)
     # Where the relaxed plan is sparse, one linear system on its support gives it to the last digit, also where columns have ties.
@@ -112,7 +113,7 @@ def sparse_plan(X: Tensor, a: Tensor, b: Tensor, gamma: Tensor, k: int, tol: Ten
     v = torch.where(support, solved_alpha.unsqueeze(-2) + solved_beta.unsqueeze(-1) - X, 0)
     plan = v.clamp(min=0) / gamma[:, None, None]
     error = torch.maximum((plan.sum(-2) - a).abs().sum(-1), (plan.sum(-1) - b).abs().sum(-1))
-    scale = _CERTIFIED * tol * (_range(X) + gamma * (relaxed * relaxed / share.clamp(min=0.1)).sum((-1, -2)) / a.sum(-1))
+    scale = _CERTIFIED * tol * (_range(X) + gamma * _quadratic(relaxed, share) / a.sum(-1))
     tight = (error <= tol) & (_gap(problem, solved_alpha, solved_beta, plan, plan > 0, k) <= scale)
     optimal = tight | (_gap(problem, alpha, beta, relaxed, share, k) <= scale)
     # Elsewhere the potentials of the rows decide alone: the k largest entries of each column, ties broken by the relaxed plan.
@@ -176,10 +177,13 @@ def _gap(problem: Quadratic, alpha: Tensor, beta: Tensor, plan: Tensor, share: T
     """The value of the relaxed plan less that of the potentials, without what the marginals lack."""
     held = (problem.a > 0).unsqueeze(-2) & (problem.b > 0).unsqueeze(-1)
     v = torch.where(held, alpha.unsqueeze(-2) + beta.unsqueeze(-1) - problem.X, 0)
-    gamma = problem.gamma[:, None, None]
-    quadratic = torch.where(plan > 0, plan * plan / torch.where(plan > 0, share, 1), 0)
     best = v.clamp(min=0).topk(k, -1).values.square().sum((-1, -2)) / (2 * problem.gamma)
-    return (gamma / 2 * quadratic - plan * v).sum((-1, -2)) + best
+    return problem.gamma / 2 * _quadratic(plan, share) - (plan * v).sum((-1, -2)) + best
+
+
+def _quadratic(plan: Tensor, share: Tensor) -> Tensor:
+    """Σ T²/U, ``(N,)``."""
+    return torch.where(plan > 0, plan * plan / torch.where(plan > 0, share, 1), 0).sum((-1, -2))
 
 
 def _range(X: Tensor) -> Tensor:

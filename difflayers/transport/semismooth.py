@@ -32,42 +32,38 @@ __all__ = ["Quadratic", "State", "newton", "state"]
 _CAUTION, _LEAST = 1e-2, 1e-12
 
 # The line search ends where this part of the slope is left, or this part of the error.
-_FLAT, _HALVED, _TRIALS = 0.3, 0.5, 40
+_FLAT, _HALVED, _TRIALS = 0.3, 0.5, 16
 
 
 class Quadratic(NamedTuple):
-    """N problems with the columns first: X ``(N, m, n)``, a ``(N, n)``, b ``(N, m)``, γ and δ ``(N,)``, and T₀ ``(N, m, n)`` or None."""
+    """N problems with the columns first: X ``(N, m, n)``, a ``(N, n)``, b ``(N, m)``, γ and δ ``(N,)``, T₀ ``(N, m, n)`` or (N, 1, 1)."""
 
     X: Tensor
     a: Tensor
     b: Tensor
     gamma: Tensor
     delta: Tensor
-    centre: Tensor | None
+    centre: Tensor
 
     def take(self, index: Tensor) -> Quadratic:
         """The problems of ``index``; all of them are not copied."""
-        if index.numel() == self.X.shape[0]:
-            return self
-        return Quadratic(*(None if part is None else part[index] for part in self))
+        return self if index.numel() == self.X.shape[0] else Quadratic(*(part[index] for part in self))
 
 
 class State(NamedTuple):
-    """At α ``(N, n)`` and β ``(N, m)``: the plan T, the shares u (None: 1 where T > 0), w, all ``(N, m, n)``, and what the marginals lack."""
+    """At α ``(N, n)`` and β ``(N, m)``: the plan T, the shares u and w, ``(N, m, n)``, and what the marginals lack."""
 
     alpha: Tensor
     beta: Tensor
     plan: Tensor
-    share: Tensor | None
+    share: Tensor
     w: Tensor
     rows: Tensor
     columns: Tensor
 
     def take(self, index: Tensor) -> State:
         """The states of ``index``; all of them are not copied."""
-        if index.numel() == self.alpha.shape[0]:
-            return self
-        return State(*(None if part is None else part[index] for part in self))
+        return self if index.numel() == self.alpha.shape[0] else State(*(part[index] for part in self))
 
     def error(self) -> Tensor:
         """The larger of the 1-norms of the two sides, ``(N,)``."""
@@ -84,13 +80,11 @@ def state(problem: Quadratic, alpha: Tensor, beta: Tensor, k: int | None) -> Sta
         k: most nonzeros of a column, or None.
     """
     X, a, b, gamma, delta, centre = problem
-    w = alpha.unsqueeze(-2) + beta.unsqueeze(-1) - X
-    if centre is not None:
-        w = w.add_(delta[:, None, None] * centre)
+    w = (alpha.unsqueeze(-2) + beta.unsqueeze(-1)).sub_(X).add_(delta[:, None, None] * centre)
     w = torch.where((a > 0).unsqueeze(-2) & (b > 0).unsqueeze(-1), w.clamp_(min=0), 0)
     gamma, delta = gamma[:, None, None], delta[:, None, None]
-    share = None if k is None else _shares(w, k, gamma, delta)
-    plan = w / (gamma + delta) if share is None else w * share / (gamma + delta * share)
+    share = (w > 0).to(w.dtype) if k is None else _shares(w, k, gamma, delta)
+    plan = w / (gamma + delta) if k is None else w * share / (gamma + delta * share)
     return State(alpha, beta, plan, share, w, a - plan.sum(-2), b - plan.sum(-1))
 
 
@@ -108,7 +102,7 @@ def newton(problem: Quadratic, start: State, k: int | None, tol: Tensor, budget:
         Where it ended, and the steps that took, ``(N,)``.
     """
     now, index = start, torch.arange(tol.shape[0], device=tol.device)
-    found = State(*(None if part is None else part.clone() for part in start))
+    found = State(*(part.clone() for part in start))
     steps = torch.zeros_like(budget)
     while True:
         going = ((now.error() > tol[index]) & (steps[index] < budget[index])).nonzero().squeeze(-1)
@@ -118,8 +112,7 @@ def newton(problem: Quadratic, start: State, k: int | None, tol: Tensor, budget:
         now = _line_search(problem, now, k, *_direction(problem, now, k))
         steps[index] += 1
         for target, source in zip(found, now, strict=True):
-            if target is not None and source is not None:
-                target[index] = source
+            target[index] = source
 
 
 def _direction(problem: Quadratic, now: State, k: int | None) -> tuple[Tensor, Tensor]:
@@ -127,17 +120,17 @@ def _direction(problem: Quadratic, now: State, k: int | None) -> tuple[Tensor, T
     gamma, delta = problem.gamma[:, None, None], problem.delta[:, None, None]
     error = torch.maximum(now.rows.abs().sum(-1), now.columns.abs().sum(-1)) / problem.a.sum(-1)
     shift = ((_LEAST + _CAUTION * error.clamp(max=1)) / (problem.gamma + problem.delta)).unsqueeze(-1)
-    if k is None or now.share is None:
-        Y, fractional = (now.w > 0) / (gamma + delta), None
+    if k is None:
+        Y = now.share / (gamma + delta)
     else:
         full, part = (now.share >= 1).to(now.w.dtype), ((now.share > 0) & (now.share < 1)).to(now.w.dtype)
         left, count = delta * (k - full.sum(-1, keepdim=True)), part.sum(-1, keepdim=True)
         N = torch.where(count > 0, left + gamma * count, 1)
         Y = full / (gamma + delta) + part * (left / (delta * N))
-        fractional = part * (gamma / (delta * N)).sqrt()
     sums = Y.sum(-1) + shift
     Q = Y / sums.sqrt().unsqueeze(-1)
-    Q = Q if fractional is None else torch.cat([Q, fractional], -2)
+    if k is not None:
+        Q = torch.cat([Q, part * (gamma / (delta * N)).sqrt()], -2)
     ratio = (torch.stack([shift / sums, now.columns / sums], -2) @ Y).unbind(-2)
     alpha = Laplacian(Q, shift + ratio[0]).solve((now.rows - ratio[1]).unsqueeze(-1)).squeeze(-1)
     return alpha, (now.columns - (Y @ alpha.unsqueeze(-1)).squeeze(-1)) / sums
@@ -177,8 +170,7 @@ def _line_search(problem: Quadratic, now: State, k: int | None, alpha: Tensor, b
             new = tried
             continue
         for target, source in zip(new, tried, strict=True):
-            if target is not None and source is not None:
-                target[waiting] = source
+            target[waiting] = source
     return new
 
 

@@ -3,11 +3,11 @@ r"""Sparse transport plans as a layer: quadratic regularization, and at most k n
 .. math:: \min_{T \ge 0} \; ⟨T, C⟩ + \frac{γ}{2} \sum_{ij} T_{ij}^2 \quad\text{subject to}\quad T 1 = a,\; T^T 1 = b,\;
    \text{and, with } k, \; ‖T_{\cdot j}‖_0 \le k .
 
-Without k the solution is :math:`T = \max(α ⊕ β - C, 0)/γ` with potentials α and β that meet the marginals: exact zeros, where entropic plans
-are positive everywhere. With k the problem is not convex. What is solved is its dual, whose columns are the k largest entries of
+Without k the solution is :math:`T = \max(α ⊕ β - C, 0)/γ` with potentials α and β that meet the marginals: exact zeros, where entropic
+plans are positive everywhere. With k the problem is not convex. What is solved is its dual, whose columns are the k largest entries of
 :math:`α - c_j`, projected on the simplex of mass :math:`b_j`. If they meet the rows, the plan is a solution; if not, the relaxation is
-not tight. The search is in :mod:`~difflayers.transport.quadratic`. The core differentiates the equations of the marginals on the support that
-was found (:mod:`~difflayers.transport.support`): one Cholesky factorization of the size of the shorter side.
+not tight. The search is in :mod:`~difflayers.transport.quadratic`. The core differentiates the equations of the marginals on the support
+that was found (:mod:`~difflayers.transport.support`): one Cholesky factorization of the size of the shorter side.
 
 References: Blondel, Seguy and Rolet, Smooth and sparse optimal transport, AISTATS 2018, arXiv:1710.06276; Liu, Puigcerver and Blondel,
 Sparsity-constrained optimal transport, ICLR 2023, arXiv:2209.15466.
@@ -56,28 +56,30 @@ def sparse_transport(
 
     With ``k`` the columns of the plan are exact and have at most k nonzeros, and the rows may not be met. The status tells the cases apart:
     SOLVED, the plan meets both marginals and is proved to be a best one with k nonzeros a column; NOT_TIGHT, the potentials are proved to
-    maximize the dual, but the columns that they choose miss the rows by ``marginal_error``; MAX_ITER, the dual was not maximized. Nothing is
-    repaired: a plan that misses the rows is handed out with ``on_failure="warn"`` only. NOT_TIGHT is the rule for small k with marginals
-    that do not fit it, so routing layers use "warn", with the warning filtered out, and look at ``marginal_error``. Ties between the k-th and
-    the next entry of a column, which come with NOT_TIGHT, go to the entries that are larger in the relaxed plan.
+    maximize the dual, but the columns that they choose miss the rows by ``marginal_error``; MAX_ITER, the dual was not maximized. Nothing
+    is repaired: a plan that misses the rows is handed out with ``on_failure="warn"`` only. NOT_TIGHT is the rule for small k with
+    marginals that do not fit it, so routing layers use "warn", with the warning filtered out, and look at ``marginal_error``. Ties
+    between the k-th and the next entry of a column, which come with NOT_TIGHT, go to the entries that are larger in the relaxed plan.
 
     Derivatives are those of the plan on its support, which stays the same nearby. Where an entry is just about to enter or to leave it, the
     derivative is the one-sided one of the support that was found. Where the support falls apart into components, derivatives in a and
     b are along marginals that keep the two masses of each component equal, of other directions the nearest such one; and of the
-    potentials, which are then not unique, the shortest change is taken. Where the relaxation is not tight (NOT_TIGHT, MAX_ITER), the k chosen
-    entries of a column stay chosen and the rows keep missing by what they miss: the derivative is that of the plan with the marginals b
-    and T 1, as they move with a and b. It does not see how the potentials of ties move together. The gradient of ``dual_value`` is exact
-    also there: in the cost it is the plan of the relaxed problem, which meets both marginals with more than k nonzeros.
+    potentials, which are then not unique, the shortest change is taken. Where the relaxation is not tight (NOT_TIGHT, MAX_ITER), the k
+    chosen entries of a column stay chosen and the rows keep missing by what they miss: the derivative is that of the plan with the
+    marginals b and T 1, as they move with a and b. It does not see how the potentials of ties move together. The gradient of
+    ``dual_value`` is exact also there: in the cost it is the plan of the relaxed problem, which meets both marginals with more than k
+    nonzeros.
 
     Args:
         cost: ``(*batch, n, m)``, finite.
         a: ``(*batch, n)``, masses of the rows, nonnegative. None: 1/n each.
         b: ``(*batch, m)``, masses of the columns, with the sum of a. None: 1/m each.
-        gamma: γ, a positive number or a tensor ``(*batch,)``, which is differentiated too, in units of cost per mass: plans have few nonzeros
-            where γ · mass / max(n, m) is small beside the range of the cost.
+        gamma: γ, a positive number or a tensor ``(*batch,)``, which is differentiated too, in units of cost per mass. Plans have few
+            nonzeros where γ · mass / max(n, m) is small beside the range of the cost.
         k: most nonzeros of a column, at least 1. None: any number.
-        tol: marginal error of a solved element, relative to the mass; with ``k`` ten times as much is granted to the duality gap, in units of
-            the cost. None: 1e-10 (float64), 1e-6 (float32). Where γ is so small that rounding alone costs more, the rounding counts.
+        tol: marginal error of a solved element, relative to the mass; with ``k`` ten times as much is granted to the duality gap, in
+            units of the cost. None: 1e-10 (float64), 1e-6 (float32). Where γ is so small that rounding alone costs more, the rounding
+            counts.
         max_iter: most Newton steps. None: 500.
         on_failure: ``"raise"``, ``"nan"`` (failed elements, NOT_TIGHT ones included, are NaN and have zero gradient) or ``"warn"`` (best
             iterate; with ``k`` a plan that has exact columns and at most k nonzeros in each).
@@ -187,8 +189,7 @@ class SparseTransportLayer(nn.Module):
             a: ``(*batch, n)`` or None.
             b: ``(*batch, m)`` or None.
         """
-        options = {"k": self.k, "tol": self.tol, "max_iter": self.max_iter}
-        return sparse_transport(cost, a, b, gamma=self.gamma, on_failure=self.on_failure, **options)
+        return sparse_transport(cost, a, b, gamma=self.gamma, k=self.k, tol=self.tol, max_iter=self.max_iter, on_failure=self.on_failure)
 
     def extra_repr(self) -> str:
         """The strength of the regularization, the options that differ from their defaults, and ``on_failure``."""
@@ -247,9 +248,7 @@ class _Search(BroadcastingProblem):
         return _Search(self.batch_ndim + 1, *self.options)
 
 
-def _plan_of_best_orientation(
-    C: Tensor, a: Tensor, b: Tensor, gamma: Tensor, k: int | None, tol: Tensor, max_iter: int
-) -> Plan:
+def _plan_of_best_orientation(C: Tensor, a: Tensor, b: Tensor, gamma: Tensor, k: int | None, tol: Tensor, max_iter: int) -> Plan:
     """The plan with the rows first; without k the shorter side is the one that is factorized."""
     if k is None and C.shape[-1] < C.shape[-2]:
         found = quadratic_plan(C, b, a, gamma, tol, max_iter)

@@ -124,7 +124,7 @@ class Support:
 
     def __init__(self, mask: Tensor) -> None:
         self.flipped = mask.shape[-1] > mask.shape[-2]
-        count, n, m = mask.shape
+        n = mask.shape[-2]
         self.component, self.inverse_size, self.sign = _components(mask)
         S = (mask.mT if self.flipped else mask).to(torch.float64)
         self.S, degree = S, S.sum(-1, keepdim=True)
