@@ -33,6 +33,8 @@ __all__ = ["SinkhornLayer", "TransportSolution", "sinkhorn"]
 class TransportSolution(NamedTuple):
     """What :func:`sinkhorn` returns; plan, f, g, value and dual_value are differentiable.
 
+    :func:`~difflayers.transport.sparse_transport` returns it, too, and says there what differs.
+
     Attributes:
         plan: ``(*batch, n, m)``, exp((f ⊕ g − cost)/ε).
         f: ``(*batch, n)``, potentials of the rows; −inf where a is zero. The constant that f and g could exchange is chosen so that
