@@ -11,7 +11,6 @@ theorem).
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -21,6 +20,7 @@ from torch import Tensor
 from ..implicit.broadcasting import BroadcastingProblem, ExplicitProblem
 from ..solution import OnFailure, Solution, Status, report_failures
 from ..solvers.linear import cg
+from .arguments import flattened, infeasibility, what_failed
 from .laplacian import Laplacian
 from .potentials import Method, find_potentials
 from .sweeps import FLOOR, Scaled
@@ -98,9 +98,8 @@ class Marginals(BroadcastingProblem):
         if 0 in batch:
             status = torch.zeros(batch, dtype=torch.int64, device=x0.device)
             return x0.clone(), status, x0.new_zeros(batch), status.clone()
-        C, a, b, epsilon, usable = _flat(theta, batch)
-        mass = a.sum(-1)
-        lacking = torch.stack([(mass - b.sum(-1)).abs() - self.options.balanced * mass, -a.amin(-1), -b.amin(-1)]).amax(0)
+        C, a, b, epsilon, usable = flattened(theta, batch, self.core_ndims)
+        lacking = infeasibility(a, b, self.options.balanced)
         feasible = lacking <= 0
         a, b = a.clamp(min=0), b.clamp(min=0)
         mass = a.sum(-1)
@@ -131,7 +130,7 @@ class Marginals(BroadcastingProblem):
         error = torch.where(feasible, error, lacking)
         solution = Solution(x, status, torch.where(usable, error, torch.nan), iterations)
         solution = Solution(*(part.reshape((*batch, *part.shape[1:])) for part in solution))
-        report_failures(solution, _what(status, theta, batch), self.on_failure)
+        report_failures(solution, what_failed("sinkhorn", status, *flattened(theta[1:3], batch, self.core_ndims[1:3])), self.on_failure)
         return tuple(solution)
 
     def operator(self, point: Sequence[Any], transpose: bool) -> Any:
@@ -156,7 +155,7 @@ class Marginals(BroadcastingProblem):
         if not bool(rhs.any()):
             return Solution(torch.zeros_like(rhs), status, rhs.new_zeros(rhs.shape[:-1]), status)
         if self._factor is None:
-            self._factor = _Factor(x.reshape(-1, n + m), *_flat(theta, batch)[:4])
+            self._factor = _Factor(x.reshape(-1, n + m), *flattened(theta, batch, self.core_ndims)[:4])
         flat = rhs.reshape(rhs.shape[0] if columns else 1, -1, n + m).permute(1, 2, 0)
         u, residual = self._factor.solve(flat)
         residual = residual.mT.reshape(rhs.shape[:-1])
@@ -287,22 +286,3 @@ def _lagrangian_error(v: Tensor, C: Tensor, a: Tensor, b: Tensor, epsilon: Tenso
     f, g = potentials.split(list(C.shape[-2:]), -1)
     mass = (a.sum(-1) + b.sum(-1)) / 2
     return v - ((a * f).sum(-1) + (b * g).sum(-1) + epsilon * (mass - P.sum((-1, -2)))).unsqueeze(-1)
-
-
-def _flat(theta: Sequence[Any], batch: Sequence[int]) -> tuple[Tensor, ...]:
-    """The arguments with one batch dimension."""
-    return tuple(
-        part.expand((*batch, *part.shape[part.dim() - core :])).reshape(math.prod(batch), *part.shape[part.dim() - core :])
-        for part, core in zip(theta, Marginals.core_ndims, strict=True)
-    )
-
-
-def _what(status: Tensor, theta: Sequence[Any], batch: Sequence[int]) -> str:
-    """The name of the solve, with what is wrong with the first marginals that admit no plan."""
-    wrong = (status == Status.PRIMAL_INFEASIBLE).nonzero()
-    if not len(wrong):
-        return "sinkhorn"
-    _, a, b, *_ = (part[int(wrong[0])] for part in _flat(theta, batch))
-    if min(float(a.min()), float(b.min())) < 0:
-        return f"sinkhorn (marginals must not be negative; the smallest entry is {min(float(a.min()), float(b.min())):.3g})"
-    return f"sinkhorn (a and b must have the same total mass; a sums to {float(a.sum()):.9g}, b to {float(b.sum()):.9g})"
