@@ -30,10 +30,9 @@ _FIRST, _FACTOR = 0.01, 0.25
 # The marginal error, relative to the mass, that Newton's method goes below before ε falls, and its most steps there.
 _NEAR, _NEAR_STEPS = 3e-3, 50
 
-# Where so many more sweeps are to come, Newton's method is the faster one (python -m benchmarks.transport).
-_PATIENCE = 150.0
-
-# From so many columns on, a step of Newton's method is solved by conjugate gradients.
+# Where so many more sweeps are to come, Newton's method is the faster one (python -m benchmarks.transport), and from so many columns on
+# the sparse one.
+_PATIENCE: dict[Method, float] = {"newton": 150.0, "sparse_newton": 30.0}
 _LARGE = 300
 
 _SWEEPS, _STEPS = 10_000, 200
@@ -48,10 +47,10 @@ def find_potentials(problem: Scaled, tol: Tensor, *, method: Method, max_iter: i
         method: as in :func:`~difflayers.transport.sinkhorn`.
         max_iter: most sweeps at ε itself, and most Newton steps.
     """
+    patience = math.inf if method == "sinkhorn" else -1.0
     if method == "auto":
-        method, patience = "sparse_newton" if problem.b.shape[-1] >= _LARGE else "newton", _PATIENCE
-    else:
-        patience = math.inf if method == "sinkhorn" else -1.0
+        method = "sparse_newton" if problem.b.shape[-1] >= _LARGE else "newton"
+        patience = _PATIENCE[method]
     gamma, before = _anneal(problem, method)
     found = sweep(problem, gamma, tol, max_iter=max_iter or _SWEEPS, patience=patience)
     _finish(found, problem, tol, max_iter or _STEPS, method)

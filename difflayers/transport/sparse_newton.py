@@ -14,10 +14,10 @@ follows the error, which keeps Newton's method superlinear.
 
 .. math:: τ e^{-M}, \qquad τ = \frac{0.1\, \mathrm{tol}}{n m},
 
-where tol is the 1-norm that ∇F is to reach. As long as max δ + max log u ≤ M no dropped entry of P exceeds τ, and together they weigh no more
-than a tenth of the tolerance: they need not be looked at again. A step that would lead further is shortened, and all entries are looked at
-anew where it ends. (To drop a tenth of the present ‖∇F‖₁ in each step, as is often done, is superlinear, too, but needs
-a look at all entries before each step, and that is what costs.)
+where tol is the 1-norm that ∇F is to reach. As long as max δ + max log u ≤ M no dropped entry of P exceeds τ, and together they weigh at
+most a tenth of the tolerance: they need not be looked at again. A step that would lead further is shortened, and all entries are looked
+at anew where it ends. (To drop a tenth of the present ‖∇F‖₁ in each step, as is often done, is superlinear, too, but needs a look at all
+entries before each step, and that is what costs.)
 
 Where groups of rows and columns exchange next to nothing conjugate gradients stall. Such an element is given back as it is, for the
 factorization in :mod:`~difflayers.transport.newton` to finish.
@@ -29,13 +29,12 @@ and Wirth, A Sinkhorn-Newton method for entropic optimal transport, 2017, arXiv:
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .kept import Kept
+from .kept import Kept, conjugate_gradients
 from .sweeps import FLOOR, Scaled, Swept
 
 __all__ = ["sparse_newton"]
@@ -48,9 +47,6 @@ _MARGIN_DENSE = 50.0
 
 # Most rounds of looking at all entries, and halvings of a step.
 _ROUNDS, _HALVINGS = 30, 40
-
-# Most iterations of conjugate gradients for a step with dense products, about what a factorization costs; with sparse ones, one a column.
-_ITERATIONS = 100
 
 # As in the dense method: keeps a step within some units where the Hessian is nearly singular, and vanishes with the error.
 _CAUTION = 0.1
@@ -90,7 +86,7 @@ def sparse_newton(problem: Scaled, gamma: Tensor, tol: Tensor, *, max_iter: int)
     """
     found = Swept(torch.full_like(problem.a, -torch.inf), torch.full_like(problem.b, -torch.inf), tol.clone(), torch.zeros_like(tol).long())
     for index in range(len(tol)):
-        X, a, b = (part[index] for part in problem)
+        X, a, b = problem.X[index], problem.a[index], problem.b[index]
         rows, columns, start = a > 0, b > 0, gamma[index]
         if not bool(rows.all() & columns.all()):
             X, a, b, start = X[rows][:, columns], a[rows], b[columns], start[columns]
@@ -164,25 +160,7 @@ def _direction(kernel: Kept, a: Tensor, b: Tensor, now: _State, tol: float) -> t
 
     # What the system lacks is the error after the step, up to terms of second order.
     lacking = max(min(_FORCING, relative) * now.size, _FORCING * tol)
-    return _conjugate_gradients(hessian, scale, now.error, lacking, len(b) if kernel.sparse else _ITERATIONS)
-
-
-def _conjugate_gradients(
-    product: Callable[[Tensor], Tensor], scale: Tensor, rhs: Tensor, tol: float, max_iter: int
-) -> tuple[Tensor, bool]:
-    """The solution, and whether the 1-norm of the residual went below ``tol``."""
-    x, residual, z = torch.zeros_like(rhs), rhs, scale * rhs
-    p, size = z, float(rhs @ z)
-    for _ in range(max_iter):
-        image = product(p)
-        length = size / float(p @ image)
-        x, residual = x.add(p, alpha=length), residual.sub(image, alpha=length)
-        if float(residual.abs().sum()) <= tol:
-            return x, True
-        z = scale * residual
-        size, before = float(residual @ z), size
-        p = z.add(p, alpha=size / before)
-    return x, False
+    return conjugate_gradients(hessian, scale, now.error, lacking, kernel.limit)
 
 
 def _line_search(kernel: Kept, a: Tensor, b: Tensor, now: _State, direction: Tensor, margin: float) -> _State | None:
