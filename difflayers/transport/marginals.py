@@ -18,9 +18,10 @@ import torch
 from torch import Tensor
 
 from ..implicit.broadcasting import BroadcastingProblem, ExplicitProblem
+from ..implicit.function import in_a_transform
 from ..solution import OnFailure, Solution, Status, report_failures
-from ..solvers.linear import cg
 from .arguments import flattened, infeasibility, what_failed
+from .kept import Kept, conjugate_gradients
 from .laplacian import Laplacian
 from .potentials import Method, find_potentials
 from .sweeps import FLOOR, Scaled
@@ -41,7 +42,13 @@ _SEPARATE = 1e-14
 _SINGULAR_ABOVE, _SINGULAR_ABOVE_TOL = 1e-6, 100.0
 
 # From so many equations on, and for so few right-hand sides, conjugate gradients are tried before the factorization.
-_ITERATED_FROM, _ITERATED_COLUMNS, _ITERATIONS = 800, 2, 60
+_ITERATED_FROM, _ITERATED_COLUMNS = 300, 2
+
+# The relative residual that they aim at, and that is accepted.
+_ROUNDING, _ITERATED_TO = 1e-15, 1e-12
+
+# They leave out entries below the first, as a part of the smallest marginal, and want groups to exchange more than the second.
+_LOST, _LINK = 1e-18, 1e-5
 
 
 class Options(NamedTuple):
@@ -65,9 +72,16 @@ def plan_of(potentials: Tensor, cost: Tensor, a: Tensor, b: Tensor, epsilon: Ten
         epsilon: ``(*batch,)``.
     """
     phi, gamma = _scaled(potentials, a, b, epsilon)
-    exponent = cost / -epsilon[..., None, None] + phi.unsqueeze(-1) + gamma.unsqueeze(-2)
+    exponent = cost / -epsilon[..., None, None]
+    if in_a_transform(exponent, potentials):
+        exponent = exponent + phi.unsqueeze(-1) + gamma.unsqueeze(-2)
+    else:
+        # The time for a large plan goes into memory that is touched for the first time.
+        exponent = exponent.add_(phi.unsqueeze(-1)).add_(gamma.unsqueeze(-2))
+        if exponent.numel() and bool(exponent.detach().amin() > FLOOR):
+            return exponent.exp_()
     # Thresholds, whose derivatives cost less than those of clamp and where.
-    return torch.threshold(torch.threshold(exponent, FLOOR, FLOOR).exp(), _LEAST, 0.0)
+    return torch.threshold(torch.threshold(exponent, FLOOR, FLOOR).exp_(), _LEAST, 0.0)
 
 
 def _plan_on_the_spot(potentials: Tensor, cost: Tensor, a: Tensor, b: Tensor, epsilon: Tensor) -> Tensor:
@@ -91,6 +105,7 @@ class Marginals(BroadcastingProblem):
     def __init__(self, batch_ndim: int, options: Options) -> None:
         super().__init__(batch_ndim, residual=_marginal_error, on_failure=options.on_failure)
         self.options = options
+        self._found: tuple[Tensor, Tensor] | None = None
 
     def find(self, x0: Tensor, theta: Sequence[Any]) -> Any:
         """The potentials, status, marginal error and iterations of every element."""
@@ -123,6 +138,7 @@ class Marginals(BroadcastingProblem):
         positive = torch.cat([a, b], -1) > 0
         x = torch.where(finite & positive, x, 0)
         plan = _plan_on_the_spot(x, C, a, b, epsilon)
+        self._found = x, plan
         error = torch.maximum((plan.sum(-1) - a).abs().sum(-1), (plan.sum(-2) - b).abs().sum(-1))
         status = torch.where((error <= tol) & (finite | ~positive).all(-1), int(Status.SOLVED), int(Status.MAX_ITER))
         status = torch.where(feasible, status, int(Status.PRIMAL_INFEASIBLE))
@@ -155,7 +171,8 @@ class Marginals(BroadcastingProblem):
         if not bool(rhs.any()):
             return Solution(torch.zeros_like(rhs), status, rhs.new_zeros(rhs.shape[:-1]), status)
         if self._factor is None:
-            self._factor = _Factor(x.reshape(-1, n + m), *flattened(theta, batch, self.core_ndims)[:4])
+            _, a, b, epsilon, _ = flattened(theta, batch, self.core_ndims)
+            self._factor = _Factor(self._flat_plan(x, theta), a, b, epsilon)
         flat = rhs.reshape(rhs.shape[0] if columns else 1, -1, n + m).permute(1, 2, 0)
         u, residual = self._factor.solve(flat)
         residual = residual.mT.reshape(rhs.shape[:-1])
@@ -172,7 +189,11 @@ class Marginals(BroadcastingProblem):
         weighted = C
         if 0 in which or 3 in which:
             rows, columns = (-u / epsilon.unsqueeze(-1)).split(sizes, -1)
-            weighted = plan_of(x, C, a, b, epsilon) * (rows.unsqueeze(-1) + columns.unsqueeze(-2))
+            weighted = rows.unsqueeze(-1) + columns.unsqueeze(-2)
+            if torch.is_grad_enabled() or in_a_transform(weighted):
+                weighted = weighted * plan_of(x, C, a, b, epsilon)
+            else:
+                weighted = weighted.mul_(self._flat_plan(x, theta).reshape(weighted.shape))
         closed = (
             lambda: weighted,
             lambda: torch.where(a > 0, -left, 0),
@@ -181,23 +202,31 @@ class Marginals(BroadcastingProblem):
         )
         return [closed[i]().sum_to_size(theta[i].shape) for i in which]
 
+    def _flat_plan(self, x: Tensor, theta: Sequence[Any]) -> Tensor:
+        """The plan ``(N, n, m)`` on plain tensors: that of :meth:`find`, if these are its potentials."""
+        x, batch = x.reshape(-1, x.shape[-1]), x.shape[:-1]
+        if self._found is None or not torch.equal(self._found[0], x):
+            self._found = x, _plan_on_the_spot(x, *_flat(theta, batch)[:4])
+        return self._found[1]
+
     def deeper(self, size: int) -> Marginals:
         """The same problem with one more leading dimension."""
         return Marginals(self.batch_ndim + 1, self.options)
 
 
 class _Factor:
-    """The Jacobian of F at flat points, factorized."""
+    """The Jacobian of F for plans P ``(N, n, m)``, factorized."""
 
-    def __init__(self, x: Tensor, C: Tensor, a: Tensor, b: Tensor, epsilon: Tensor) -> None:
-        self.P, self.epsilon = _plan_on_the_spot(x, C, a, b, epsilon), epsilon[:, None, None]
-        self.flipped = C.shape[-1] > C.shape[-2]
+    def __init__(self, P: Tensor, a: Tensor, b: Tensor, epsilon: Tensor) -> None:
+        self.P, self.epsilon = P, epsilon[:, None, None]
+        self.flipped = P.shape[-1] > P.shape[-2]
         if self.flipped:
             self.P, a, b = self.P.mT, b, a
         self.rows, self.columns = self.P.sum(-1, keepdim=True), self.P.sum(-2).unsqueeze(-1)
         self.held = (a > 0).unsqueeze(-1), (b > 0).unsqueeze(-1)
         self.inverse = torch.where(self.rows > 0, 1 / self.rows, 0)
         self.laplacian: Laplacian | None = None
+        self._graphs: dict[int, Kept | None] = {}
 
     def solve(self, rhs: Tensor) -> tuple[Tensor, Tensor]:
         """The solution of columns ``(N, n + m, k)`` and its relative residual ``(N, k)``."""
@@ -222,25 +251,54 @@ class _Factor:
         """The solution of the Laplacian's system, columns ``(N, m, k)``, and the 1-norm of its residual ``(N, k)``."""
         if self.laplacian is None:
             if rhs.shape[-2] >= _ITERATED_FROM and rhs.shape[-1] <= _ITERATED_COLUMNS:
-                found = self._iterate(rhs.mT)
-                if not bool(found.status.any()):
-                    return found.x.mT, found.residual * torch.linalg.vector_norm(rhs, dim=-2)
+                found = [self._iterate(index, part) for index, part in enumerate(rhs)]
+                solved = [each for each in found if each is not None]
+                if len(solved) == len(found):
+                    solutions, residuals = zip(*solved, strict=True)
+                    return torch.stack(solutions), torch.stack(residuals)
             shift = torch.where(self.columns > 0, _SEPARATE * self.columns, 1).squeeze(-1)
             self.laplacian = Laplacian(self.P * self.inverse.sqrt(), shift)
         return self.laplacian.refined(rhs)
 
-    def _iterate(self, rhs: Tensor) -> Solution:
-        """Conjugate gradients on rows ``(N, k, m)``, preconditioned by the diagonal; two products with P an iteration."""
-        columns, inverse = self.columns.mT, self.inverse.mT
-        diagonal = columns - inverse @ (self.P * self.P)
-        usable = diagonal > torch.finfo(rhs.dtype).eps * columns
-        scale = torch.where(usable, 1 / torch.where(usable, diagonal, 1), 1)
-        return cg(
-            lambda u: columns * u - ((u @ self.P.mT) * inverse) @ self.P,
-            rhs,
-            preconditioner=lambda r: scale * r,
-            max_iter=_ITERATIONS,
-        )
+    def _iterate(self, index: int, rhs: Tensor) -> tuple[Tensor, Tensor] | None:
+        """The same for one plan and columns ``(m, k)`` by conjugate gradients, or None where they are not to be trusted."""
+        if index not in self._graphs:
+            rows, columns = self.rows[index, :, 0], self.columns[index, :, 0]
+            least = _LOST * min(float(part[part > 0].min()) for part in (rows, columns))
+            plan = Kept(self.P[index], least)
+            self._graphs[index] = plan if _is_connected(plan, rows, columns) else None
+        plan = self._graphs[index]
+        if plan is None:
+            return None
+        columns, inverse = self.columns[index, :, 0], self.inverse[index, :, 0]
+        diagonal = torch.where(columns > 0, columns, 1)
+        scale = 1 / (diagonal - plan.squares_transposed(inverse)).clamp(min=torch.finfo(rhs.dtype).eps * diagonal)
+
+        def product(u: Tensor) -> Tensor:
+            return diagonal * u - plan.transposed(inverse * plan.times(u))
+
+        size = rhs.abs().sum(0)
+        found = [
+            conjugate_gradients(product, scale, each, _ROUNDING * float(norm), plan.limit) for each, norm in zip(rhs.mT, size, strict=True)
+        ]
+        solution = torch.stack([x for x, _ in found], -1)
+        residual = torch.stack([(product(x) - each).abs().sum() for x, each in zip(solution.mT, rhs.mT, strict=True)])
+        return (solution, residual) if bool((residual <= _ITERATED_TO * size).all()) else None
+
+
+def _is_connected(plan: Kept, rows: Tensor, columns: Tensor) -> bool:
+    """Whether every row and column exchanges more than :data:`_LINK` of its mass with those that hang together with the heaviest column.
+
+    Conjugate gradients do not see what hardly exchanges mass, though a derivative may depend on it.
+    """
+    reached = torch.zeros_like(columns)
+    reached[columns.argmax()] = 1
+    before = 0.0
+    while float(reached.sum()) > before:
+        before = float(reached.sum())
+        across = (plan.times(reached) > _LINK * rows).to(rows.dtype)
+        reached = torch.maximum(reached, (plan.transposed(across) > _LINK * columns).to(rows.dtype))
+    return bool(((reached > 0) | (columns == 0)).all() & ((across > 0) | (rows == 0)).all())
 
 
 class DualValue(ExplicitProblem):

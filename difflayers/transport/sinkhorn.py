@@ -13,7 +13,7 @@ arXiv:1803.00567; Eisenberger et al., A unified framework for implicit Sinkhorn 
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
@@ -84,7 +84,8 @@ def sinkhorn(
         b: ``(*batch, m)``, masses of the columns, with the sum of a. None: 1/m each.
         epsilon: the temperature, a positive number in units of the cost or a tensor ``(*batch,)``, which is differentiated too. Small
             values give plans near the unregularized ones, sharp and sparse.
-        method: "sinkhorn", "newton", or "auto": sweeps, and Newton's method where they converge slowly.
+        method: "sinkhorn", "newton", "sparse_newton" (steps by conjugate gradients on the large entries, for large plans), or "auto":
+            sweeps, and where they converge slowly Newton's method, the sparse one if the plan is large.
         backward: "implicit", or "unroll", which lets autograd follow plain sweeps: slow and inexact, to compare with.
         tol: marginal error of a solved element, relative to the mass. None: 1e-10 (float64), 1e-6 (float32). Where ε is so small
             that rounding alone costs more, the rounding counts.
@@ -112,8 +113,8 @@ def sinkhorn(
         tensor([[0.4404, 0.0596],
                 [0.0596, 0.4404]])
     """
-    if method not in ("auto", "sinkhorn", "newton"):
-        raise ValueError(f"method={method!r} is not known; choose 'auto', 'sinkhorn' or 'newton'")
+    if method not in get_args(Method):
+        raise ValueError(f"method={method!r} is not known; choose one of {', '.join(map(repr, get_args(Method)))}")
     if backward not in ("implicit", "unroll"):
         raise ValueError(f"backward={backward!r} is not known; choose 'implicit' or 'unroll'")
     if max_iter is not None and max_iter < 1:
