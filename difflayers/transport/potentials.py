@@ -61,7 +61,8 @@ def _anneal(problem: Scaled, *, sharpen: bool) -> tuple[Tensor, Tensor]:
         index = (levels >= remaining).nonzero().squeeze(-1)
         part = problem.take(index)
         larger = spread[index] * _FIRST * _FACTOR ** (levels[index] - remaining)
-        part = part._replace(X=part.X / larger[:, None, None])
+        slack = None if part.slack is None else part.slack * larger[:, None]
+        part = part._replace(X=part.X / larger[:, None, None], slack=slack)
         near = _NEAR * part.a.sum(-1)
         found = sweep(part, gamma[index] / larger[:, None], near, max_iter=STRIDE, patience=math.inf)
         if sharpen:
