@@ -49,7 +49,7 @@ def find_potentials(problem: Scaled, tol: Tensor, *, method: Method, max_iter: i
     """
     patience = math.inf if method == "sinkhorn" else -1.0
     if method == "auto":
-        method = "sparse_newton" if problem.b.shape[-1] >= _LARGE else "newton"
+        method = "sparse_newton" if problem.b.shape[-1] >= _LARGE and problem.slack is None else "newton"
         patience = _PATIENCE[method]
     gamma, before = _anneal(problem, method)
     found = sweep(problem, gamma, tol, max_iter=max_iter or _SWEEPS, patience=patience)
@@ -66,7 +66,8 @@ def _anneal(problem: Scaled, method: Method) -> tuple[Tensor, Tensor]:
         index = (levels >= remaining).nonzero().squeeze(-1)
         part = problem.take(index)
         larger = spread[index] * _FIRST * _FACTOR ** (levels[index] - remaining)
-        part = part._replace(X=part.X / larger[:, None, None])
+        slack = None if part.slack is None else part.slack * larger[:, None]
+        part = part._replace(X=part.X / larger[:, None, None], slack=slack)
         near = _NEAR * part.a.sum(-1)
         found = sweep(part, gamma[index] / larger[:, None], near, max_iter=STRIDE, patience=math.inf)
         _finish(found, part, near, _NEAR_STEPS, method)
