@@ -100,10 +100,10 @@ def sinkhorn_divergence(
     sides = [(x, y, a, b, 1.0), (x, x, a, a, -0.5), (y, y, b, b, -0.5)]
     options: dict[str, Any] = {"epsilon": epsilon, "tol": tol, "max_iter": max_iter, "on_failure": on_failure}
     if marginal_penalty is None:
-        found = [sinkhorn(cost(p, q), c, d, **options) for p, q, c, d, _ in sides]
+        found = [sinkhorn(_costs(cost, p, q), c, d, **options) for p, q, c, d, _ in sides]
     else:
         options["marginal_penalty"] = marginal_penalty
-        found = [sinkhorn(_relative(cost(p, q), c, d, epsilon), c, d, **options) for p, q, c, d, _ in sides]
+        found = [sinkhorn(_relative(_costs(cost, p, q), c, d, epsilon), c, d, **options) for p, q, c, d, _ in sides]
     value = sum((weight * part.dual_value for part, (*_, weight) in zip(found, sides, strict=True)), torch.zeros_like(found[0].value))
     return _together(value, found, on_failure)
 
@@ -155,6 +155,12 @@ def monge_gap(
     temperature = epsilon.to(costs.dtype) if isinstance(epsilon, Tensor) else epsilon
     entropy = temperature * math.log(x.shape[-2])
     return _together(costs.diagonal(dim1=-2, dim2=-1).mean(-1) - found.dual_value - entropy, [found], on_failure)
+
+
+def _costs(cost: Cost, p: Tensor, q: Tensor) -> Tensor:
+    """The costs; those of a cloud with itself are symmetric to the last digit, which makes them easier to solve with."""
+    costs = cost(p, q)
+    return (costs + costs.mT) / 2 if p is q else costs
 
 
 def _relative(cost: Tensor, a: Tensor | None, b: Tensor | None, epsilon: float | Tensor) -> Tensor:
