@@ -28,7 +28,7 @@ _SWEEPS, _STRIDE = 60, 5
 
 def is_symmetric(problem: Scaled) -> Tensor:
     """``(N,)``, which problems move a cloud onto itself."""
-    X, a, b = problem
+    X, a, b = problem[:3]
     if X.shape[-2] != X.shape[-1]:
         return torch.zeros(X.shape[0], dtype=torch.bool, device=X.device)
     # One row and one column tell most problems apart.
@@ -43,7 +43,7 @@ def symmetric_sweep(problem: Scaled, tol: Tensor) -> Swept:
         problem: N problems of which :func:`is_symmetric` is true.
         tol: ``(N,)``, the marginal error (1-norm) to reach.
     """
-    X, a, _ = problem
+    X, a = problem.X, problem.a
     phi = (a.log() - log_sums(X, torch.zeros_like(a), -1)) / 2
     found = Swept(phi, phi, torch.full_like(tol, torch.inf), torch.full_like(tol, _SWEEPS, dtype=torch.int64))
     index = torch.arange(X.shape[0], device=X.device)
