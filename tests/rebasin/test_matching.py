@@ -15,7 +15,7 @@ from difflayers.errors import ConvergenceWarning, ShapeError
 from difflayers.rebasin import PermutationSpec, weight_matching
 from difflayers.rebasin.assignment import assign
 from difflayers.rebasin.axes import Group, Product
-from tests.rebasin.architectures import attention, closed, convolutional, mlp, network, residual, unet
+from tests.rebasin.weights import attention, closed, convolutional, mlp, network, residual, unet
 
 EVERY = [mlp, residual, closed, convolutional, attention, unet]
 
