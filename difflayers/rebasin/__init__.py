@@ -1,7 +1,18 @@
 """Re-basin: bringing the weights of trained networks together modulo the permutations of their hidden units."""
 
+from .activation_matching import activation_matching
 from .barrier import LossCurve, barrier, interpolate, loss_curve, repair_batchnorm
 from .matching import weight_matching
 from .spec import Occurrence, PermutationSpec
 
-__all__ = ["LossCurve", "Occurrence", "PermutationSpec", "barrier", "interpolate", "loss_curve", "repair_batchnorm", "weight_matching"]
+__all__ = [
+    "LossCurve",
+    "Occurrence",
+    "PermutationSpec",
+    "activation_matching",
+    "barrier",
+    "interpolate",
+    "loss_curve",
+    "repair_batchnorm",
+    "weight_matching",
+]

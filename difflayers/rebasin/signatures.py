@@ -17,11 +17,15 @@ from .assignment import assign, rows
 from .axes import Axis, Concatenation, Fixed, Group
 from .spec import Occurrence, PermutationSpec
 
-__all__ = ["outward"]
+__all__ = ["exchangeable", "outward"]
 
 
 def outward(
-    spec: PermutationSpec, a: Mapping[str, Tensor], b: Mapping[str, Tensor], places: Mapping[str, Sequence[Occurrence]]
+    spec: PermutationSpec,
+    a: Mapping[str, Tensor],
+    b: Mapping[str, Tensor],
+    places: Mapping[str, Sequence[Occurrence]],
+    known: Mapping[str, Tensor] | None = None,
 ) -> dict[str, Tensor]:
     """Permutations that bring b near a, each group visited once.
 
@@ -30,10 +34,11 @@ def outward(
         a: weights to be met.
         b: weights to be renamed, of the same names and shapes.
         places: group → where it touches them.
+        known: permutations that are settled, of groups that are not in ``places``.
     """
-    found: dict[str, Tensor] = {}
-    permuted = dict(b)
-    while len(found) < len(places):
+    found = dict(known or {})
+    permuted = dict(spec.apply(b, found))
+    for _ in places:
         group = max((group for group in places if group not in found), key=lambda group: _comparable(spec, places[group], found))
         products = (_signatures(spec, a, at, found) @ _signatures(spec, permuted, at, found).mT for at in places[group])
         found[group] = assign(sum(products, torch.zeros(())))
@@ -69,8 +74,8 @@ def _signatures(spec: PermutationSpec, params: Mapping[str, Tensor], at: Occurre
 def _labels_of_columns(spec: PermutationSpec, at: Occurrence, known: Mapping[str, Tensor]) -> tuple[Tensor, int]:
     """For each entry that a unit touches there the number of its set, and how many sets there are."""
     axes = spec.axes[at.name]
-    own = _labels(axes[at.dim], known)[at.positions[0]].unique(return_inverse=True)[1]
-    labels = [own, *(_labels(axis, known) for dim, axis in enumerate(axes) if dim != at.dim)]
+    own = exchangeable(axes[at.dim], known)[at.positions[0]].unique(return_inverse=True)[1]
+    labels = [own, *(exchangeable(axis, known) for dim, axis in enumerate(axes) if dim != at.dim)]
     return _product(labels)
 
 
@@ -82,13 +87,13 @@ def _product(labels: Sequence[Tensor]) -> tuple[Tensor, int]:
     return total, count
 
 
-def _labels(axis: Axis, known: Mapping[str, Tensor]) -> Tensor:
+def exchangeable(axis: Axis, known: Mapping[str, Tensor]) -> Tensor:
     """int64 ``(axis.size,)``: entries with the same number may be exchanged by groups that are not known."""
     if isinstance(axis, Fixed) or (isinstance(axis, Group) and axis.name in known):
         return torch.arange(axis.size)
     if isinstance(axis, Group):
         return torch.zeros(axis.size, dtype=torch.int64)
-    parts = [_labels(part, known) for part in axis.parts]
+    parts = [exchangeable(part, known) for part in axis.parts]
     if not isinstance(axis, Concatenation):
         return _product(parts)[0]
     shifted, offset = [], 0
