@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..errors import ShapeError
+from ..errors import ShapeError, SolveError
 from ..solution import OnFailure
 from ..transport import sinkhorn
 from .spec import PermutationSpec
@@ -145,9 +145,12 @@ class SinkhornRebasin(nn.Module):
         """The relaxed permutations with their status. Groups of one size are one batch."""
         found = RelaxedPermutations({}, {}, {}, {})
         for size, groups in self._groups.items():
-            solution = sinkhorn(
-                -self.scores[str(size)], epsilon=self.epsilon, tol=self.tol, max_iter=self.max_iter, on_failure=self.on_failure
-            )
+            options = {"epsilon": self.epsilon, "tol": self.tol, "max_iter": self.max_iter, "on_failure": self.on_failure}
+            try:
+                solution = sinkhorn(-self.scores[str(size)], **options)
+            except SolveError as error:
+                error.add_note(f"The elements of the batch are the groups {', '.join(groups)}; were their scores driven too far?")
+                raise
             parts = (size * solution.plan, solution.status, solution.marginal_error, solution.iterations)
             for values, part in zip(found, parts, strict=True):
                 values.update(zip(groups, part.unbind(), strict=True))
