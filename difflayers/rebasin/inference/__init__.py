@@ -1,0 +1,27 @@
+"""How the permutation symmetries of a network are found: its graph, the demands of its operations, and their solution.
+
+:mod:`~difflayers.rebasin.inference.terms` is the algebra of layouts with unknowns, ``calls``, ``shapes``, ``weights`` and ``modules`` hold
+the rules of the operations, ``tracing`` puts them together.
+"""
+
+from .calls import Call, Rule, Terms, Traced, Unprovable
+from .terms import concatenate, cut, fix, multiply, reshape, split, unify
+from .tracing import Override, infer_axes, verify
+
+__all__ = [
+    "Call",
+    "Override",
+    "Rule",
+    "Terms",
+    "Traced",
+    "Unprovable",
+    "concatenate",
+    "cut",
+    "fix",
+    "infer_axes",
+    "multiply",
+    "reshape",
+    "split",
+    "unify",
+    "verify",
+]
