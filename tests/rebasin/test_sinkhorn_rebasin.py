@@ -75,7 +75,7 @@ def test_a_relaxed_permutation_maximizes_scores_and_entropy() -> None:
 def test_it_starts_near_the_identity_or_the_given_permutations() -> None:
     model = perceptron(2, 16, 9, 3)
     spec, weights = hand(model), model.state_dict()
-    near = SinkhornRebasin(model, spec=spec)
+    near = SinkhornRebasin(model, spec=spec, epsilon=0.1)
     assert all(float(S.detach().diagonal().min()) > 0.99 for S in near.solve().matrices.values())
     init = spec.random(generator=generator(2))
     for start, wanted in ((None, spec.identity()), (init, init), ({"second": init["second"]}, {**spec.identity(), "second": init["second"]})):
@@ -105,24 +105,25 @@ def test_permutations_are_the_nearest_to_the_relaxed_ones() -> None:
     rebasin = SinkhornRebasin(model, spec=hand(model), epsilon=0.3)
     with torch.no_grad():
         rebasin.scores["4"].normal_(generator=generator(4))
+        relaxed = rebasin.solve().matrices
     every = [torch.eye(4, dtype=torch.float64)[list(order)] for order in torch.cartesian_prod(*[torch.arange(4)] * 4).tolist() if len(set(order)) == 4]
-    for group, S in rebasin.solve().matrices.items():
+    for group, S in relaxed.items():
         chosen = torch.eye(4, dtype=torch.float64)[rebasin.permutations()[group]]
         assert float((S - chosen).norm()) <= min(float((S - other).norm()) for other in every) + 1e-12
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_a_planted_permutation_is_found_by_the_distance(dtype: torch.dtype) -> None:
-    model = perceptron(3, 16, 12, 2).to(dtype)
+    model = perceptron(3, 10, 8, 2).to(dtype)
     spec = hand(model)
     planted = spec.random(generator=generator(5))
     target = spec.apply(model.state_dict(), planted)
-    rebasin = SinkhornRebasin(model, spec=spec, epsilon=0.3)
+    rebasin = SinkhornRebasin(model, spec=spec)
     objective = L2Objective(target)
-    found = rebasin.fit(objective, evaluate=objective, steps=150)
+    found = rebasin.fit(objective, evaluate=objective, steps=60)
     assert found.score == 0.0 < found.start_score
     assert found.losses[-1] < found.losses[0]
-    assert 0 < found.step <= len(found.losses) == 150
+    assert 0 < found.step <= len(found.losses) == 60
     for group, permutation in rebasin.permutations().items():
         assert torch.equal(permutation, planted[group])
         assert torch.equal(permutation, found.permutations[group])
@@ -284,7 +285,7 @@ def test_it_is_copied_pickled_and_loaded() -> None:
 
 
 def test_a_relaxed_network_computes_and_learns() -> None:
-    model = perceptron(2, 5, 5, 3)
+    model = perceptron(2, 5, 5, 3, seed=1)
     rebasin = SinkhornRebasin(model, spec=hand(model), epsilon=1.0)
     x = torch.randn(7, 2, dtype=torch.float64, generator=generator(12))
     (slope,) = torch.autograd.grad(functional_call(model, rebasin(), (x,)).square().sum(), rebasin.scores["5"])
