@@ -74,6 +74,9 @@ def weight_matching(
         >>> all(torch.equal(back[name], weight) for name, weight in model.state_dict().items())
         True
     """
+    for group, value in (init or {}).items():
+        if value.is_floating_point():
+            raise ShapeError(f"init must be hard permutations, int64 (n,); {group!r} is {value.dtype} {tuple(value.shape)}")
     a, b = comparable(spec, params_a, params_b)
     places = touching(spec, a)
     highest, best = -math.inf, spec.identity()
@@ -122,7 +125,7 @@ def ascend(
     generator: torch.Generator | None,
 ) -> dict[str, Tensor]:
     """Coordinate ascent from ``start`` until none of the groups in ``places`` can raise the inner product."""
-    found = {**spec.identity(), **start}
+    found = {**spec.identity(), **{group: value.cpu() for group, value in start.items()}}
     permuted = spec.apply(b, found)
     groups = list(places)
     touches = {group: {at.name for at in places[group]} for group in groups}

@@ -186,6 +186,8 @@ def test_failures() -> None:
         weight_matching(spec, a, {**a, "0.bias": a["0.bias"] * torch.nan})
     with pytest.raises(ShapeError, match="not a permutation"):
         weight_matching(spec, a, a, init={"h0": torch.zeros(16, dtype=torch.int64)})
+    with pytest.raises(ShapeError, match="init must be hard permutations"):
+        weight_matching(spec, a, a, init={"h0": torch.eye(16)})
     _, b = mlp(seed=1)
     with pytest.warns(ConvergenceWarning, match="raise max_iter"):
         weight_matching(spec, a, b, max_iter=1)
