@@ -8,6 +8,7 @@ bound of what any later choice can reach, and it is exact where one network is t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -51,18 +52,18 @@ def _comparable(spec: PermutationSpec, places: Sequence[Occurrence], known: Mapp
     """How much of what a unit touches is told apart."""
     apart = total = 0
     for at in places:
-        labels, distinct = _labels_of_columns(spec, at, known)
-        apart, total = apart + distinct, total + len(labels)
+        labels = _labels(spec, at, known)
+        apart, total = apart + _sets(labels), total + math.prod(map(len, labels))
     return apart / total
 
 
 def _signatures(spec: PermutationSpec, params: Mapping[str, Tensor], at: Occurrence, known: Mapping[str, Tensor]) -> Tensor:
     """``(n, K)``: what each unit touches there, sorted among the entries that open choices may exchange."""
-    columns = rows(params, at)
-    labels, distinct = _labels_of_columns(spec, at, known)
-    if distinct == len(labels):
+    columns, labels = rows(params, at), _labels(spec, at, known)
+    if _sets(labels) == columns.shape[1]:
         return columns
-    order, counts = labels.argsort(), torch.bincount(labels)
+    label = _combined(labels)
+    order, counts = label.argsort(), torch.bincount(label)
     sizes = counts[counts > 0].repeat_interleave(counts[counts > 0])  # of the set that each column in `order` is from
     parts = []
     for size in sizes.unique().tolist():
@@ -71,20 +72,22 @@ def _signatures(spec: PermutationSpec, params: Mapping[str, Tensor], at: Occurre
     return torch.cat(parts, 1)
 
 
-def _labels_of_columns(spec: PermutationSpec, at: Occurrence, known: Mapping[str, Tensor]) -> tuple[Tensor, int]:
-    """For each entry that a unit touches there the number of its set, and how many sets there are."""
+def _labels(spec: PermutationSpec, at: Occurrence, known: Mapping[str, Tensor]) -> list[Tensor]:
+    """For the entries that a unit touches there, dimension by dimension, the number of their set."""
     axes = spec.axes[at.name]
     own = exchangeable(axes[at.dim], known)[at.positions[0]].unique(return_inverse=True)[1]
-    labels = [own, *(exchangeable(axis, known) for dim, axis in enumerate(axes) if dim != at.dim)]
-    return _product(labels)
+    return [own, *(exchangeable(axis, known) for dim, axis in enumerate(axes) if dim != at.dim)]
 
 
-def _product(labels: Sequence[Tensor]) -> tuple[Tensor, int]:
-    total, count = labels[0], int(labels[0].max()) + 1
+def _sets(labels: Sequence[Tensor]) -> int:
+    return math.prod(int(part.max()) + 1 for part in labels)
+
+
+def _combined(labels: Sequence[Tensor]) -> Tensor:
+    total = labels[0]
     for part in labels[1:]:
-        size = int(part.max()) + 1
-        total, count = (total.unsqueeze(-1) * size + part).flatten(), count * size
-    return total, count
+        total = (total.unsqueeze(-1) * (int(part.max()) + 1) + part).flatten()
+    return total
 
 
 def exchangeable(axis: Axis, known: Mapping[str, Tensor]) -> Tensor:
@@ -95,7 +98,7 @@ def exchangeable(axis: Axis, known: Mapping[str, Tensor]) -> Tensor:
         return torch.zeros(axis.size, dtype=torch.int64)
     parts = [exchangeable(part, known) for part in axis.parts]
     if not isinstance(axis, Concatenation):
-        return _product(parts)[0]
+        return _combined(parts)
     shifted, offset = [], 0
     for part in parts:
         shifted.append(part + offset)
