@@ -33,6 +33,13 @@ LINES = {
     ],
     "relaxations": ["optimal largest error 0.0625 / s, least slope {}", "logistic from -3.0 to {} in 20 steps"],
     "sorting_supervision": ["logistic, odd_even 20 {} {} {}", "cauchy, odd_even 20 {} {} {}", "NeuralSort {} {} {} {}", "ranks 1 {} {} {}"],
+    "align_networks": [
+        "perceptron, pair 0: {} % and {} % of 500 digits right",
+        "weight matching {} {}",
+        "Sinkhorn alone {} {}",
+        "matching, Sinkhorn {} {}",
+        "naive, not repaired {} {}",
+    ],
     "jacobian_descent": ["average {} {} {} × {} × {} {} {} %", "UPGrad {} {} {} × {} × {} {} {} %"],
 }
 SEEDED = ("quickstart", "decision_focused", "learning_to_rank", "mpc_learned_cost", "topk_classification")
