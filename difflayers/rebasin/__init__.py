@@ -1,5 +1,25 @@
 """Re-basin: bringing the weights of trained networks together modulo the permutations of their hidden units."""
 
+from .barrier import LossCurve, barrier, interpolate, loss_curve, repair_batchnorm
+from .matching import weight_matching
+from .objectives import L2Objective, MidpointObjective, RandomPointObjective, l2_distance
+from .sinkhorn_rebasin import FitResult, RelaxedPermutations, SinkhornRebasin
 from .spec import Occurrence, PermutationSpec
 
-__all__ = ["Occurrence", "PermutationSpec"]
+__all__ = [
+    "FitResult",
+    "L2Objective",
+    "LossCurve",
+    "MidpointObjective",
+    "Occurrence",
+    "PermutationSpec",
+    "RandomPointObjective",
+    "RelaxedPermutations",
+    "SinkhornRebasin",
+    "barrier",
+    "interpolate",
+    "l2_distance",
+    "loss_curve",
+    "repair_batchnorm",
+    "weight_matching",
+]
