@@ -23,7 +23,7 @@ arXiv:2404.04002).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -157,7 +157,7 @@ def incremental_rebasin(
     @torch.no_grad()
     def evaluate(anchor: Mapping[str, Tensor]) -> float:
         at = 0.5 if point == "random" else point
-        values = [float(objective(anchor, *batch, at=at)) for batch in _once(batches)]
+        values = [float(objective(anchor, *(batch if isinstance(batch, tuple | list) else (batch,)), at=at)) for batch in batches]
         return sum(values) / len(values)
 
     def report(loss: float) -> None:
@@ -168,6 +168,7 @@ def incremental_rebasin(
     leaves = list({id(tensor): tensor for tensor in new.values() if tensor.requires_grad}.values())
     optimizer = torch.optim.Adam(leaves, lr=learning_rate)
     stream = _repeated(batches)
+    next(_repeated(batches))  # says so if there is none
     for _ in range(rounds):
         if permutation_steps and (line_weight or proximity) and spec.sizes:
             rebasin = SinkhornRebasin(model, spec=spec, epsilon=epsilon, init=permutations)
@@ -222,8 +223,3 @@ def _trainable(model: nn.Module, start: Mapping[str, Tensor]) -> dict[str, Tenso
             copies[id(tensor)] = start[name].detach().to(tensor, copy=True).requires_grad_(tensor.requires_grad)
         found[name] = copies[id(tensor)]
     return found
-
-
-def _once(batches: Iterable[Any]) -> Iterator[tuple[Any, ...]]:
-    for batch in batches:
-        yield tuple(batch) if isinstance(batch, tuple | list) else (batch,)
