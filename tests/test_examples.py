@@ -33,6 +33,12 @@ LINES = {
     ],
     "relaxations": ["optimal largest error 0.0625 / s, least slope {}", "logistic from -3.0 to {} in 20 steps"],
     "sorting_supervision": ["logistic, odd_even 20 {} {} {}", "cauchy, odd_even 20 {} {} {}", "NeuralSort {} {} {} {}", "ranks 1 {} {} {}"],
+    "align_networks": [
+        "perceptron, pair 0: {} % and {} % of 500 digits right",
+        "weight matching {} {}",
+        "Sinkhorn alone {} {}",
+        "matching, Sinkhorn {} {}",
+        "naive, not repaired {} {}",
     "continual_learning": [
         "EWC" + 3 * " {} ± {}",
         "averaging as it is" + 3 * " {} ± {}",
