@@ -39,6 +39,7 @@ LINES = {
         "Sinkhorn alone {} {}",
         "matching, Sinkhorn {} {}",
         "naive, not repaired {} {}",
+    ],
     "continual_learning": [
         "EWC" + 3 * " {} ± {}",
         "averaging as it is" + 3 * " {} ± {}",
