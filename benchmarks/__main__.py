@@ -10,6 +10,7 @@ from benchmarks import (
     maros_meszaros,
     projections,
     qp,
+    rebasin,
     soft_sort,
     sorting,
     sorting_families,
@@ -33,3 +34,4 @@ if __name__ == "__main__":
     sorting_families.main(short=short)
     transport.main(short=short)
     transport_peers.main(short=short)
+    rebasin.main(short=short)
