@@ -33,9 +33,14 @@ LINES = {
     ],
     "relaxations": ["optimal largest error 0.0625 / s, least slope {}", "logistic from -3.0 to {} in 20 steps"],
     "sorting_supervision": ["logistic, odd_even 20 {} {} {}", "cauchy, odd_even 20 {} {} {}", "NeuralSort {} {} {} {}", "ranks 1 {} {} {}"],
+    "moe_routing": [
+        "softmax {} ± {} {} ± {} {} ± {}",
+        "transport {} ± {} {} ± {} {} ± {}",
+        "transport, in training: {} % of the loads missed",
+    ],
     "jacobian_descent": ["average {} {} {} × {} × {} {} {} %", "UPGrad {} {} {} × {} × {} {} {} %"],
 }
-SEEDED = ("quickstart", "decision_focused", "learning_to_rank", "mpc_learned_cost", "topk_classification")
+SEEDED = ("quickstart", "decision_focused", "learning_to_rank", "moe_routing", "mpc_learned_cost", "topk_classification")
 OPTIONS = {name: ["--seeds", "1"] for name in SEEDED}
 
 
