@@ -177,11 +177,11 @@ print(f"transport, in training: {100 * torch.stack(missed[-options.seeds :]).mea
 # %%
 # Who is called for what
 # ----------------------
-# A router without a remedy leaves a third of its experts idle. The balancing loss wakes them up, and how equal the loads become depends on its
-# weight: it pulls against the other loss at every step. Transport has no such weight. In training every plan gives each expert its share;
-# what is missed, because two experts a digit are too few to meet the loads exactly, is a fraction of a per cent. Digits routed one by one, by
-# prices, spread about as unequally as with the heavier of the two balancing losses, and one plan for all of them brings the loads back
-# together. Accuracies differ by no more than they do between seeds: what the constraint buys is the balance, not the accuracy.
+# A router without a remedy leaves a third of its experts idle. The balancing loss wakes them up, and how equal the loads become depends on
+# its weight: it pulls against the other loss at every step. Transport has no such weight. In training every plan gives each expert its
+# share; what is missed, because two experts a digit are too few to meet the loads exactly, is a fraction of a per cent. Digits routed one
+# by one, by prices, spread about as unequally as with the heavier of the two balancing losses; one plan for all of them brings the calls
+# nearer to each other. Accuracies differ by little more than they do between seeds: what the constraint buys is the balance.
 
 figure, axes = plt.subplots(1, len(calls), figsize=(3.6 * len(calls), 3.8), layout="constrained", sharey=True)
 for panel, name in zip(axes, calls, strict=True):
