@@ -10,12 +10,14 @@ from benchmarks import (
     maros_meszaros,
     projections,
     qp,
+    rebasin,
     soft_sort,
     sorting,
     sorting_families,
     sparse_qp,
     sparse_transport,
     transport,
+    transport_peers,
 )
 
 if __name__ == "__main__":
@@ -33,3 +35,5 @@ if __name__ == "__main__":
     sorting_families.main(short=short)
     transport.main(short=short)
     sparse_transport.main(short=short)
+    transport_peers.main(short=short)
+    rebasin.main(short=short)

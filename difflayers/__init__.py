@@ -20,7 +20,7 @@ tensor([[ 0.5000, -0.5000,  0.0000]])
 ``difflayers.sorting``   sorting, ranking and top-k that gradients pass through: :class:`SortingNetwork`
 ``difflayers.transport`` optimal transport plans at any temperature: :class:`SinkhornLayer`, ``sinkhorn``; sparse ones:
                          :class:`SparseTransportLayer`, ``sparse_transport``
-``difflayers.rebasin``   trained networks brought together modulo permutations of their hidden units
+``difflayers.rebasin``   trained networks brought together modulo permutations of hidden units: :class:`SinkhornRebasin`
 ``difflayers.implicit``  the core: ``implicit_root``, ``implicit_fixed_point``, ``custom_root``,
                          ``linear_solve``, ``conditions``
 ``difflayers.solvers``   how a solution is found: batched loops that stop element by element
@@ -39,6 +39,7 @@ from .solution import Solution, Status
 if TYPE_CHECKING:
     from . import convex, implicit, rebasin, solvers, sorting, transport
     from .convex import CvxpyLayer, Projection, QPLayer
+    from .rebasin import SinkhornRebasin
     from .sorting import SortingNetwork
     from .transport import SinkhornLayer, SparseTransportLayer
 
@@ -49,6 +50,7 @@ __all__ = [
     "Projection",
     "QPLayer",
     "SinkhornLayer",
+    "SinkhornRebasin",
     "Solution",
     "SortingNetwork",
     "SparseTransportLayer",
@@ -69,6 +71,7 @@ _FAMILY = {
     "Projection": "convex",
     "QPLayer": "convex",
     "SinkhornLayer": "transport",
+    "SinkhornRebasin": "rebasin",
     "SortingNetwork": "sorting",
     "SparseTransportLayer": "transport",
 }

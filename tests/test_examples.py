@@ -38,9 +38,33 @@ LINES = {
         "transport {} ± {} {} ± {} {} ± {}",
         "transport, in training: {} % of the loads missed",
     ],
+    "colour_transfer": ["histograms {} {} {}", "plan, ε = 0.001 {} {} {}", "learned, λ = 10 {} {} {}"],
+    "transport_map": ["plain, λ = 0 {} ± {} {} ± {} {} ± {} {} ± {}", "plain, λ = 1 {} ± {} {} ± {} {} ± {} {} ± {}"],
+    "align_networks": [
+        "perceptron, pair 0: {} % and {} % of 500 digits right",
+        "weight matching {} {}",
+        "Sinkhorn alone {} {}",
+        "matching, Sinkhorn {} {}",
+        "naive, not repaired {} {}",
+    ],
+    "continual_learning": [
+        "EWC" + 3 * " {} ± {}",
+        "averaging as it is" + 3 * " {} ± {}",
+        "Sinkhorn, trained" + 3 * " {} ± {}",
+        "all tasks at once" + 3 * " {} ± {}",
+    ],
     "jacobian_descent": ["average {} {} {} × {} × {} {} {} %", "UPGrad {} {} {} × {} × {} {} {} %"],
 }
-SEEDED = ("quickstart", "decision_focused", "learning_to_rank", "moe_routing", "mpc_learned_cost", "topk_classification")
+SEEDED = (
+    "continual_learning",
+    "quickstart",
+    "decision_focused",
+    "learning_to_rank",
+    "moe_routing",
+    "mpc_learned_cost",
+    "topk_classification",
+    "transport_map",
+)
 OPTIONS = {name: ["--seeds", "1"] for name in SEEDED}
 
 

@@ -1,9 +1,9 @@
 r"""How a dimension of a weight is made of groups of units.
 
-The units of a layer may be renamed by a permutation if every weight that they touch is renamed alike. A dimension of a weight is, seen so, a
-tree: a :class:`Group` of units, a :class:`Fixed` range that nothing may move, a :class:`Product` of parts in row-major order (the flattened
-channels × height × width of an image, the heads × features of attention), or a :class:`Concatenation` of parts (the skip connection of a U-Net,
-queries, keys and values in one matrix).
+The units of a layer may be renamed by a permutation if every weight that they touch is renamed alike. A dimension of a weight is, seen
+so, a tree: a :class:`Group` of units, a :class:`Fixed` range that nothing may move, a :class:`Product` of parts in row-major order (the
+flattened channels × height × width of an image, the heads × features of attention), or a :class:`Concatenation` of parts (the skip
+connection of a U-Net; queries, keys and values in one matrix).
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,7 +38,7 @@ class Group:
 class Product:
     """Every combination of the entries of ``parts``, the last part running fastest."""
 
-    parts: tuple[Axis, ...]
+    parts: tuple[Any, ...]
 
     @property
     def size(self) -> int:
@@ -49,7 +50,7 @@ class Product:
 class Concatenation:
     """The entries of ``parts``, one part after the other."""
 
-    parts: tuple[Axis, ...]
+    parts: tuple[Any, ...]
 
     @property
     def size(self) -> int:

@@ -2,7 +2,7 @@ r"""Which weights of a network may be renamed together: its permutation symmetri
 
 Renaming the hidden units of a layer, :math:`W_ℓ ← P_ℓ W_ℓ P_{ℓ-1}^T`, :math:`b_ℓ ← P_ℓ b_ℓ`, leaves the function of the network unchanged.
 A :class:`PermutationSpec` says for each dimension of each weight and buffer which groups of units it is made of
-(:mod:`~difflayers.rebasin.axes`). :meth:`PermutationSpec.from_module` finds it by tracing the network, and proves it: the groups
+(:mod:`~difflayers.rebasin.axes`). :meth:`PermutationSpec.from_module` finds it by running the network, and proves it: the groups
 are what remains of one unknown permutation per dimension when each operation of the network has demanded what it needs to commute with
 it (:mod:`~difflayers.rebasin.inference`).
 
@@ -12,13 +12,14 @@ Reference: Ainsworth, Hayase and Srinivasa, Git Re-Basin: merging models modulo 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import ShapeError
 from .axes import Axis, Fixed, Group, index, leaves, positions, transform
+from .inference import Example, Override, infer_axes, verify
 
 __all__ = ["Occurrence", "PermutationSpec"]
 
@@ -46,15 +47,52 @@ class PermutationSpec:
     Attributes:
         axes: name of a weight or buffer → one :data:`~difflayers.rebasin.axes.Axis` a dimension.
         sizes: group → its number of units.
+        tied: other name of a weight → its first name.
     """
 
-    def __init__(self, axes: Mapping[str, Sequence[Axis]]) -> None:
+    def __init__(self, axes: Mapping[str, Sequence[Axis]], tied: Mapping[str, str] | None = None) -> None:
         self.axes: dict[str, tuple[Axis, ...]] = {name: tuple(parts) for name, parts in axes.items()}
+        self.tied = dict(tied or {})
         self.sizes: dict[str, int] = {}
         for name, parts in self.axes.items():
             for leaf in (leaf for part in parts for leaf in leaves(part) if isinstance(leaf, Group)):
                 if self.sizes.setdefault(leaf.name, leaf.size) != leaf.size:
                     raise ShapeError(f"{name}: group {leaf.name!r} has {leaf.size} units here and {self.sizes[leaf.name]} elsewhere")
+
+    @classmethod
+    def from_module(cls, model: nn.Module, example_input: Example, *, overrides: Mapping[Any, Override] | None = None) -> PermutationSpec:
+        """The symmetries of a network, found from the operations that it calls, and checked on the example (:meth:`verify`).
+
+        Any architecture of operations that are known: linear maps, convolutions (grouped and depthwise, too), the normalizations,
+        recurrent layers, attention (``nn.MultiheadAttention``, the transformer layers, or written by hand), residual sums, views,
+        concatenations, tied weights. Everything that is permuted alike in all cases is one group. In attention the heads are one
+        group, and the features within a head two, for queries and keys, and for values.
+
+        Args:
+            model: the network. It is copied and not changed.
+            example_input: its argument, a sequence of its positional arguments, or a dict of its keyword arguments.
+            overrides: how to treat what can't be proved: the path of a submodule, a class of modules or a function → ``"fixed"``
+                (nothing moves through it, its weights included), ``"elementwise"`` (it commutes with any renaming of any dimension), or a
+                rule ``(call, *args) -> terms`` as in ``difflayers.rebasin.inference``.
+
+        Raises:
+            UnsupportedModuleError: the rules do not cover an operation (it is named, and the module that calls it), the values of a tensor
+                decide what is done, or the check fails.
+
+        Example:
+            >>> import torch
+            >>> from torch import nn
+            >>> from difflayers.rebasin import PermutationSpec
+            >>> model = nn.Sequential(nn.Conv2d(1, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Flatten(), nn.Linear(96, 5))
+            >>> PermutationSpec.from_module(model, torch.randn(2, 1, 6, 6))
+            PermutationSpec(0: 6)
+        """
+        first: dict[int, str] = {}
+        names = {name: first.setdefault(id(value), name) for name, value in model.state_dict(keep_vars=True).items()}
+        tied = {name: other for name, other in names.items() if name != other}
+        spec = cls(infer_axes(model, example_input, overrides), tied)
+        spec.verify(model, example_input)
+        return spec
 
     @classmethod
     def from_axes(cls, params: Mapping[str, Tensor], axes: Mapping[str, Sequence[Axis | str | None]]) -> PermutationSpec:
@@ -131,7 +169,7 @@ class PermutationSpec:
             permutations: group → int64 ``(n,)``, or ``(n, n)`` for a relaxed one. Groups that are not there stay.
 
         Returns:
-            A new dict with the same names.
+            A new dict with the same names. A weight that is tied is one tensor there, too.
 
         Raises:
             ShapeError: a name, a shape or a permutation does not fit the spec.
@@ -153,6 +191,9 @@ class PermutationSpec:
         for name, tensor in params.items():
             if name not in self.axes:
                 raise ShapeError(f"the spec knows no weight or buffer {name!r}; it was made for {', '.join(self.axes)}")
+            if self.tied.get(name) in renamed:
+                renamed[name] = renamed[self.tied[name]]
+                continue
             axes = self.axes[name]
             if tuple(tensor.shape) != tuple(axis.size for axis in axes):
                 raise ShapeError(f"{name}: got the shape {tuple(tensor.shape)}, the spec wants {tuple(axis.size for axis in axes)}")
@@ -178,6 +219,19 @@ class PermutationSpec:
             for dim, axis in enumerate(axes):
                 found += [Occurrence(name, dim, place) for place in positions(axis, group)]
         return found
+
+    def verify(self, model: nn.Module, example_input: Example, *, generator: torch.Generator | None = None) -> None:
+        """Check that renaming units at random leaves the function of the network unchanged, at weights that have no symmetries.
+
+        Args:
+            model: the network. It is copied and not changed.
+            example_input: as in :meth:`from_module`.
+            generator: source of randomness, on the CPU.
+
+        Raises:
+            UnsupportedModuleError: the output changes. The error names the groups that do it.
+        """
+        verify(self, model, example_input, generator=generator)
 
     def __repr__(self) -> str:
         groups = ", ".join(f"{group}: {size}" for group, size in self.sizes.items())

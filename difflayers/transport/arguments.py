@@ -55,19 +55,22 @@ def validate(
     return tuple(batch), (cost, a, b, strength)
 
 
-def cleaned(given: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Cost, marginals and strength in float64 with harmless numbers in the elements that are not usable, and which ones are.
+def cleaned(given: Sequence[Tensor], prices: Sequence[Tensor] = ()) -> tuple[Tensor, ...]:
+    """Cost, marginals, strength and prices in float64 with harmless numbers in the elements that are not usable, and which ones are.
 
     Args:
         given: as :func:`validate` returns them.
+        prices: 1/ρ of both sides, ``(*batch,)`` in float64, of which one is positive; or none.
     """
     C, a, b, strength = (part.to(torch.float64) for part in given)
     # A sum is finite if its terms are; asking each term takes longer.
     usable = torch.isfinite(C.sum((-1, -2)) + a.sum(-1) + b.sum(-1) + strength) & (strength > 0)
+    for price in prices:
+        usable = usable & torch.isfinite(price) & (price >= 0) & (sum(prices) > 0)
     # A NaN would come back as 0 · NaN in the gradients, and so would the logarithm of a zero marginal.
     C, strength = torch.where(usable[..., None, None], C, 0), torch.where(usable, strength, 1)
     a, b = (torch.where(usable.unsqueeze(-1), torch.where(part != 0, part, 0), 1 / part.shape[-1]) for part in (a, b))
-    return C, a, b, strength, usable
+    return C, a, b, strength, *(torch.where(usable, price, 1) for price in prices), usable
 
 
 def infeasibility(a: Tensor, b: Tensor, balanced: float) -> Tensor:
@@ -96,7 +99,7 @@ def flattened(theta: Sequence[Any], batch: Sequence[int], core_ndims: Sequence[i
     )
 
 
-def what_failed(name: str, status: Tensor, a: Tensor, b: Tensor) -> str:
+def what_failed(name: str, status: Tensor, a: Tensor, b: Tensor, *, wanted: str = "a and b must have the same total mass") -> str:
     """The name of the solve, with what is wrong with the first marginals that admit no plan.
 
     Args:
@@ -104,6 +107,7 @@ def what_failed(name: str, status: Tensor, a: Tensor, b: Tensor) -> str:
         status: ``(N,)``.
         a: ``(N, n)``.
         b: ``(N, m)``.
+        wanted: of marginals that are not negative.
     """
     wrong = (status == Status.PRIMAL_INFEASIBLE).nonzero()
     if not len(wrong):
@@ -111,7 +115,7 @@ def what_failed(name: str, status: Tensor, a: Tensor, b: Tensor) -> str:
     a, b = a[int(wrong[0])], b[int(wrong[0])]
     if min(float(a.min()), float(b.min())) < 0:
         return f"{name} (marginals must not be negative; the smallest entry is {min(float(a.min()), float(b.min())):.3g})"
-    return f"{name} (a and b must have the same total mass; a sums to {float(a.sum()):.9g}, b to {float(b.sum()):.9g})"
+    return f"{name} ({wanted}; a sums to {float(a.sum()):.9g}, b to {float(b.sum()):.9g})"
 
 
 def filled_where_lost(found: Sequence[Tensor], status: Tensor, on_failure: OnFailure) -> list[Tensor]:

@@ -241,7 +241,7 @@ class _Search(BroadcastingProblem):
         error = torch.where(usable, torch.where(lacking <= 0, error, lacking), torch.nan)
         parts = [part.reshape((*batch, *part.shape[1:])) for part in (x, support, share, status, error, iterations)]
         solution = Solution(parts[0], parts[3], parts[4], parts[5])
-        report_failures(solution, what_failed("sparse_transport", status, *given[1:3]), on_failure)
+        report_failures(solution, what_failed("sparse_transport", status, given[1], given[2]), on_failure)
         return (x0.clone(), *parts)
 
     def deeper(self, size: int) -> _Search:
