@@ -15,6 +15,7 @@ from benchmarks import (
     sorting,
     sorting_families,
     sparse_qp,
+    sparse_transport,
     transport,
     transport_peers,
 )
@@ -33,5 +34,6 @@ if __name__ == "__main__":
     soft_sort.main(short=short)
     sorting_families.main(short=short)
     transport.main(short=short)
+    sparse_transport.main(short=short)
     transport_peers.main(short=short)
     rebasin.main(short=short)

@@ -33,6 +33,11 @@ LINES = {
     ],
     "relaxations": ["optimal largest error 0.0625 / s, least slope {}", "logistic from -3.0 to {} in 20 steps"],
     "sorting_supervision": ["logistic, odd_even 20 {} {} {}", "cauchy, odd_even 20 {} {} {}", "NeuralSort {} {} {} {}", "ranks 1 {} {} {}"],
+    "moe_routing": [
+        "softmax {} ± {} {} ± {} {} ± {}",
+        "transport {} ± {} {} ± {} {} ± {}",
+        "transport, in training: {} % of the loads missed",
+    ],
     "colour_transfer": ["histograms {} {} {}", "plan, ε = 0.001 {} {} {}", "learned, λ = 10 {} {} {}"],
     "transport_map": ["plain, λ = 0 {} ± {} {} ± {} {} ± {} {} ± {}", "plain, λ = 1 {} ± {} {} ± {} {} ± {} {} ± {}"],
     "align_networks": [
@@ -55,6 +60,7 @@ SEEDED = (
     "quickstart",
     "decision_focused",
     "learning_to_rank",
+    "moe_routing",
     "mpc_learned_cost",
     "topk_classification",
     "transport_map",
