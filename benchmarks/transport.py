@@ -4,7 +4,8 @@
 (autograd follows the sweeps) and with ``grad="last_step"``. The published implicit differentiation (Eisenberger et al. 2022) is
 restated on the plan that POT ends with: the marginal equations, one of them dropped, solved by LU. The reference is Newton's method on all
 the marginal equations in NumPy, started from our potentials, and the adjoint system at its end. Memory is the most that torch held at once.
-A second table compares Newton's method by conjugate gradients with that by factorizations, forward and backward; both have the same backward solve.
+A second table compares Newton's method by conjugate gradients with that by factorizations, forward and backward; the backward solve is the
+same.
 """
 
 from __future__ import annotations

@@ -73,7 +73,7 @@ def plan_of(potentials: Tensor, cost: Tensor, a: Tensor, b: Tensor, epsilon: Ten
     """
     phi, gamma = _scaled(potentials, a, b, epsilon)
     exponent = cost / -epsilon[..., None, None]
-    if in_a_transform(exponent, potentials):
+    if in_a_transform(exponent, potentials) or exponent.shape[:-2] != potentials.shape[:-1]:
         exponent = exponent + phi.unsqueeze(-1) + gamma.unsqueeze(-2)
     else:
         # The time for a large plan goes into memory that is touched for the first time.

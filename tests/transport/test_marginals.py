@@ -54,6 +54,13 @@ def test_the_plan_is_zero_where_a_marginal_is() -> None:
     assert torch.equal(plan, torch.tensor([[0.0, 0.0, 0.0], [1.0, 1.0, 0.0]]))
 
 
+def test_a_cost_that_the_batch_shares() -> None:
+    x, cost, a, b, epsilon, _ = _point(3, 4)
+    potentials = torch.stack([x, 2 * x])
+    whole = plan_of(potentials, cost.expand(2, 3, 4), a, b, epsilon)
+    assert torch.equal(plan_of(potentials, cost, a, b, epsilon), whole)
+
+
 @pytest.mark.parametrize("epsilon", [0.3, 1e-4])
 def test_conjugate_gradients_and_the_factorization_agree(epsilon: float, monkeypatch: pytest.MonkeyPatch) -> None:
     # At the lower temperature the plan falls apart, conjugate gradients give up, and the factorization takes over.
