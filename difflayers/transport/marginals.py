@@ -265,7 +265,7 @@ class _Factor:
         """The same for one plan and columns ``(m, k)`` by conjugate gradients, or None where they are not to be trusted."""
         if index not in self._graphs:
             rows, columns = self.rows[index, :, 0], self.columns[index, :, 0]
-            least = _LOST * min(float(part[part > 0].min()) for part in (rows, columns))
+            least = _LOST * min(float(torch.where(part > 0, part, torch.inf).min()) for part in (rows, columns))
             plan = Kept(self.P[index], least)
             self._graphs[index] = plan if _is_connected(plan, rows, columns) else None
         plan = self._graphs[index]
