@@ -11,7 +11,6 @@ theorem).
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -21,12 +20,13 @@ from torch import Tensor
 from ..implicit.broadcasting import BroadcastingProblem, ExplicitProblem
 from ..implicit.function import in_a_transform
 from ..solution import OnFailure, Solution, Status, report_failures
+from .arguments import flattened, what_failed
 from .kept import Kept, conjugate_gradients
 from .laplacian import Laplacian
 from .potentials import Method, find_potentials
 from .sweeps import FLOOR, Scaled
 
-__all__ = ["DualValue", "Marginals", "Options", "plan_of"]
+__all__ = ["DualValue", "Factor", "Marginals", "Options", "plan_of"]
 
 # Plan entries up to here are zero; e^FLOOR is less.
 _LEAST = 1e-130
@@ -101,9 +101,10 @@ class Marginals(BroadcastingProblem):
     """F(f, g; C, a, b, ε, usable), where ``usable`` says which elements are finite. Potentials of zero marginals are held at zero."""
 
     core_ndims = (2, 1, 1, 0, 0)
+    inadmissible = "a and b must have the same total mass"
 
     def __init__(self, batch_ndim: int, options: Options) -> None:
-        super().__init__(batch_ndim, residual=_marginal_error, on_failure=options.on_failure)
+        super().__init__(batch_ndim, residual=self.equations, on_failure=options.on_failure)
         self.options = options
         self._found: tuple[Tensor, Tensor] | None = None
 
@@ -113,25 +114,23 @@ class Marginals(BroadcastingProblem):
         if 0 in batch:
             status = torch.zeros(batch, dtype=torch.int64, device=x0.device)
             return x0.clone(), status, x0.new_zeros(batch), status.clone()
-        C, a, b, epsilon, usable = _flat(theta, batch)
-        mass = a.sum(-1)
-        lacking = torch.stack([(mass - b.sum(-1)).abs() - self.options.balanced * mass, -a.amin(-1), -b.amin(-1)]).amax(0)
+        C, a, b, epsilon, *_, usable = flat = flattened(theta, batch, self.core_ndims)
+        lacking = torch.stack([self.surplus(a.sum(-1), b.sum(-1)), -a.amin(-1), -b.amin(-1)]).amax(0)
         feasible = lacking <= 0
-        a, b = a.clamp(min=0), b.clamp(min=0)
-        mass = a.sum(-1)
-        # Equal masses to the last digit: what they differ by is rounding, or a failure, and no plan meets both.
-        b = b * (mass / b.sum(-1).clamp(min=torch.finfo(b.dtype).tiny)).unsqueeze(-1)
-        index = (usable & (mass > 0) & (b.sum(-1) > 0)).nonzero().squeeze(-1)
+        a, b = self.balanced(a.clamp(min=0), b.clamp(min=0))
+        index = (usable & (a.sum(-1) > 0) & (b.sum(-1) > 0)).nonzero().squeeze(-1)
         x = x0.new_zeros(C.shape[0], n + m)
         iterations = torch.zeros(C.shape[0], dtype=torch.int64, device=x0.device)
         largest = torch.maximum(C.amax((-1, -2)), -C.amin((-1, -2)))
-        tol = (_NOISE * torch.finfo(C.dtype).eps * largest / epsilon).clamp(min=self.options.tol) * mass
+        noise = _NOISE * torch.finfo(C.dtype).eps / epsilon
+        tol = (noise * torch.maximum(largest, self.height(a, b, flat))).clamp(min=self.options.tol)
         if index.numel():
             flipped = m > n
-            part = Scaled(C / epsilon[:, None, None], a, b).take(index)
-            part = Scaled(part.X.mT.contiguous(), part.b, part.a) if flipped else part
+            part = Scaled(C / epsilon[:, None, None], a, b, self.slack(flat)).take(index)
+            if flipped:
+                part = Scaled(part.X.mT.contiguous(), part.b, part.a, None if part.slack is None else part.slack.flip(-1))
             # What is asked of the last iterate leaves a margin for what the plan loses when it is computed again.
-            found = find_potentials(part, tol[index] / 2, method=self.options.method, max_iter=self.options.max_iter)
+            found = find_potentials(part, tol[index] * part.a.sum(-1) / 2, method=self.options.method, max_iter=self.options.max_iter)
             sides = (found.gamma, found.phi) if flipped else (found.phi, found.gamma)
             x[index] = torch.cat(sides, -1) * epsilon[index, None]
             iterations[index] = found.iterations
@@ -140,21 +139,53 @@ class Marginals(BroadcastingProblem):
         x = torch.where(finite & positive, x, 0)
         plan = _plan_on_the_spot(x, C, a, b, epsilon)
         self._found = x, plan
-        error = torch.maximum((plan.sum(-1) - a).abs().sum(-1), (plan.sum(-2) - b).abs().sum(-1))
-        status = torch.where((error <= tol) & (finite | ~positive).all(-1), int(Status.SOLVED), int(Status.MAX_ITER))
+        rows, columns = self.wanted(x, a, b, flat)
+        error = torch.maximum((plan.sum(-1) - rows).abs().sum(-1), (plan.sum(-2) - columns).abs().sum(-1))
+        status = torch.where((error <= tol * rows.sum(-1)) & (finite | ~positive).all(-1), int(Status.SOLVED), int(Status.MAX_ITER))
         status = torch.where(feasible, status, int(Status.PRIMAL_INFEASIBLE))
         status = torch.where(usable, status, int(Status.NUMERICAL_ERROR))
         error = torch.where(feasible, error, lacking)
         solution = Solution(x, status, torch.where(usable, error, torch.nan), iterations)
         solution = Solution(*(part.reshape((*batch, *part.shape[1:])) for part in solution))
-        report_failures(solution, _what(status, theta, batch), self.on_failure)
+        report_failures(solution, what_failed("sinkhorn", status, flat[1], flat[2], wanted=self.inadmissible), self.on_failure)
         return tuple(solution)
+
+    @staticmethod
+    def equations(x: Tensor, C: Tensor, a: Tensor, b: Tensor, epsilon: Tensor, *_: Tensor) -> Tensor:
+        """F."""
+        P = plan_of(x, C, a, b, epsilon)
+        f, g = x.split(list(C.shape[-2:]), -1)
+        return torch.cat([torch.where(a > 0, P.sum(-1) - a, f), torch.where(b > 0, P.sum(-2) - b, g)], -1)
+
+    def surplus(self, left: Tensor, right: Tensor) -> Tensor:
+        """By how much masses differ more than rounding explains: a positive number if there is no plan."""
+        return (left - right).abs() - self.options.balanced * left
+
+    def balanced(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        """Marginals of equal masses to the last digit: what they differ by is rounding, or a failure, and no plan meets both."""
+        return a, b * (a.sum(-1) / b.sum(-1).clamp(min=torch.finfo(b.dtype).tiny)).unsqueeze(-1)
+
+    def slack(self, flat: Sequence[Tensor]) -> Tensor | None:
+        """What :class:`~difflayers.transport.sweeps.Scaled` wants of θ, which is flat."""
+        return None
+
+    def height(self, a: Tensor, b: Tensor, flat: Sequence[Tensor]) -> Tensor:
+        """How large the potentials are beyond the largest cost, at least."""
+        return torch.zeros_like(flat[3])
+
+    def wanted(self, x: Tensor, a: Tensor, b: Tensor, flat: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """The row and column sums that a plan with the potentials x must have."""
+        return a, b
+
+    def factorized(self, P: Tensor, x: Tensor, flat: Sequence[Tensor]) -> Factor:
+        """The Jacobian at flat points, whose plans are P."""
+        return Factor(P, *flat[1:4])
 
     def operator(self, point: Sequence[Any], transpose: bool) -> Any:
         """The Jacobian of F, equal to its transpose at every point."""
-        x, C, a, b, epsilon, _ = point
+        x, C, a, b, epsilon, *_ = point
         P, scale = plan_of(x, C, a, b, epsilon), epsilon.unsqueeze(-1)
-        sums, held = torch.cat([P.sum(-1), P.sum(-2)], -1), torch.cat([a > 0, b > 0], -1)
+        sums, held = self.diagonal(P, point), torch.cat([a > 0, b > 0], -1)
         sizes = list(C.shape[-2:])
 
         def apply(u: Tensor) -> Tensor:
@@ -164,6 +195,10 @@ class Marginals(BroadcastingProblem):
 
         return apply
 
+    def diagonal(self, P: Tensor, point: Sequence[Any]) -> Tensor:
+        """The diagonal of the Jacobian times ε, ``(*batch, n + m)``."""
+        return torch.cat([P.sum(-1), P.sum(-2)], -1)
+
     def solve_linear(self, point: Sequence[Any], rhs: Tensor, transpose: bool, columns: bool) -> Solution:
         """Solve by elimination of the longer side, and a Cholesky factor of what is left."""
         x, *theta = point
@@ -172,8 +207,8 @@ class Marginals(BroadcastingProblem):
         if not bool(rhs.any()):
             return Solution(torch.zeros_like(rhs), status, rhs.new_zeros(rhs.shape[:-1]), status)
         if self._factor is None:
-            _, a, b, epsilon, _ = _flat(theta, batch)
-            self._factor = _Factor(self._flat_plan(x, theta), a, b, epsilon)
+            points = flattened(theta, batch, self.core_ndims)
+            self._factor = self.factorized(self._flat_plan(x, theta), x.reshape(-1, n + m), points)
         flat = rhs.reshape(rhs.shape[0] if columns else 1, -1, n + m).permute(1, 2, 0)
         u, residual = self._factor.solve(flat)
         residual = residual.mT.reshape(rhs.shape[:-1])
@@ -207,16 +242,21 @@ class Marginals(BroadcastingProblem):
         """The plan ``(N, n, m)`` on plain tensors: that of :meth:`find`, if these are its potentials."""
         x, batch = x.reshape(-1, x.shape[-1]), x.shape[:-1]
         if self._found is None or not torch.equal(self._found[0], x):
-            self._found = x, _plan_on_the_spot(x, *_flat(theta, batch)[:4])
+            self._found = x, _plan_on_the_spot(x, *flattened(theta[:4], batch, self.core_ndims[:4]))
         return self._found[1]
 
     def deeper(self, size: int) -> Marginals:
         """The same problem with one more leading dimension."""
-        return Marginals(self.batch_ndim + 1, self.options)
+        return type(self)(self.batch_ndim + 1, self.options)
 
 
-class _Factor:
-    """The Jacobian of F for plans P ``(N, n, m)``, factorized."""
+class Factor:
+    """The Jacobian of F for plans P ``(N, n, m)``, factorized.
+
+    A subclass that adds to its diagonal sets ``excess`` ``(N, short side)``, what that adds to the diagonal of the Laplacian.
+    """
+
+    excess: Tensor | None = None
 
     def __init__(self, P: Tensor, a: Tensor, b: Tensor, epsilon: Tensor) -> None:
         self.P, self.epsilon = P, epsilon[:, None, None]
@@ -236,17 +276,26 @@ class _Factor:
         long, short = torch.where(self.held[0], self.epsilon * left, 0), torch.where(self.held[1], self.epsilon * right, 0)
         scale = long.abs().sum(-2) + short.abs().sum(-2)
         short = short - self.P.mT @ (self.inverse * long)
+        if self.excess is None:
+            short = self._consistent(short)
+        u, residual = self._solve_short(short)
+        v = self.inverse * (long - self.P @ u)
+        if self.excess is None:
+            shift = self._exchanged(v, u)
+            v, u = v - shift, u + shift
+        v, u = torch.where(self.held[0], v, left), torch.where(self.held[1], u, right)
+        return torch.cat((u, v) if self.flipped else (v, u), -2), residual / torch.where(scale > 0, scale, 1)
+
+    def _consistent(self, short: Tensor) -> Tensor:
         # The equations are consistent if their sums agree. What a tangent of the marginals changes in the mass of one side only, and
         # rounding, is taken off in proportion to the marginal.
         mass = self.columns.sum(-2, keepdim=True)
-        short = short - self.columns / torch.where(mass > 0, mass, 1) * short.sum(-2, keepdim=True)
-        u, residual = self._solve_short(short)
-        v = self.inverse * (long - self.P @ u)
-        # The constant that the two sides could exchange is chosen as it is for the potentials.
-        shift = ((self.rows * v).sum(-2, keepdim=True) - (self.columns * u).sum(-2, keepdim=True)) / torch.where(mass > 0, 2 * mass, 1)
-        v, u = v - shift, u + shift
-        v, u = torch.where(self.held[0], v, left), torch.where(self.held[1], u, right)
-        return torch.cat((u, v) if self.flipped else (v, u), -2), residual / torch.where(scale > 0, scale, 1)
+        return short - self.columns / torch.where(mass > 0, mass, 1) * short.sum(-2, keepdim=True)
+
+    def _exchanged(self, v: Tensor, u: Tensor) -> Tensor:
+        """The constant that the two sides could exchange, chosen as it is for the potentials."""
+        mass = self.columns.sum(-2, keepdim=True)
+        return ((self.rows * v).sum(-2, keepdim=True) - (self.columns * u).sum(-2, keepdim=True)) / torch.where(mass > 0, 2 * mass, 1)
 
     def _solve_short(self, rhs: Tensor) -> tuple[Tensor, Tensor]:
         """The solution of the Laplacian's system, columns ``(N, m, k)``, and the 1-norm of its residual ``(N, k)``."""
@@ -258,7 +307,7 @@ class _Factor:
                     solutions, residuals = zip(*solved, strict=True)
                     return torch.stack(solutions), torch.stack(residuals)
             shift = torch.where(self.columns > 0, _SEPARATE * self.columns, 1).squeeze(-1)
-            self.laplacian = Laplacian(self.P * self.inverse.sqrt(), shift)
+            self.laplacian = Laplacian(self.P * self.inverse.sqrt(), shift, self.excess)
         return self.laplacian.refined(rhs)
 
     def _iterate(self, index: int, rhs: Tensor) -> tuple[Tensor, Tensor] | None:
@@ -308,7 +357,7 @@ class DualValue(ExplicitProblem):
     core_ndims = (2, 1, 1, 0, 1)
 
     def __init__(self, batch_ndim: int) -> None:
-        super().__init__(batch_ndim, residual=_lagrangian_error)
+        super().__init__(batch_ndim, residual=self.lagrangian_error)
 
     def find(self, x0: Tensor, theta: Sequence[Any]) -> Any:
         """⟨a, f⟩ + ⟨b, g⟩."""
@@ -318,49 +367,26 @@ class DualValue(ExplicitProblem):
 
     def pullback(self, x: Tensor, theta: Sequence[Any], which: Sequence[int], u: Tensor) -> Any:
         """The gradient of −L with the potentials held; what they carry themselves makes second derivatives right."""
-        held = [i for i in which if i != 4]
+        held = [i for i in which if i != len(theta) - 1]
         slopes = dict(zip(held, super().pullback(x, theta, held, u), strict=True))
         return [slopes.get(i) for i in which]
 
     def pushforward(self, x: Tensor, theta: Sequence[Any], which: Sequence[int], tangents: Sequence[Tensor]) -> Tensor:
         """The derivative of −L with the potentials held."""
-        pairs = [(i, tangent) for i, tangent in zip(which, tangents, strict=True) if i != 4]
+        pairs = [(i, tangent) for i, tangent in zip(which, tangents, strict=True) if i != len(theta) - 1]
         if not pairs:
             return torch.zeros_like(x)
         return super().pushforward(x, theta, [i for i, _ in pairs], [tangent for _, tangent in pairs])
 
     def deeper(self, size: int) -> DualValue:
         """The same problem with one more leading dimension."""
-        return DualValue(self.batch_ndim + 1)
+        return type(self)(self.batch_ndim + 1)
 
-
-def _marginal_error(x: Tensor, C: Tensor, a: Tensor, b: Tensor, epsilon: Tensor, _: Tensor) -> Tensor:
-    P = plan_of(x, C, a, b, epsilon)
-    f, g = x.split(list(C.shape[-2:]), -1)
-    return torch.cat([torch.where(a > 0, P.sum(-1) - a, f), torch.where(b > 0, P.sum(-2) - b, g)], -1)
-
-
-def _lagrangian_error(v: Tensor, C: Tensor, a: Tensor, b: Tensor, epsilon: Tensor, potentials: Tensor) -> Tensor:
-    P = plan_of(potentials, C, a, b, epsilon)
-    f, g = potentials.split(list(C.shape[-2:]), -1)
-    mass = (a.sum(-1) + b.sum(-1)) / 2
-    return v - ((a * f).sum(-1) + (b * g).sum(-1) + epsilon * (mass - P.sum((-1, -2)))).unsqueeze(-1)
-
-
-def _flat(theta: Sequence[Any], batch: Sequence[int]) -> tuple[Tensor, ...]:
-    """The arguments with one batch dimension."""
-    return tuple(
-        part.expand((*batch, *part.shape[part.dim() - core :])).reshape(math.prod(batch), *part.shape[part.dim() - core :])
-        for part, core in zip(theta, Marginals.core_ndims, strict=True)
-    )
-
-
-def _what(status: Tensor, theta: Sequence[Any], batch: Sequence[int]) -> str:
-    """The name of the solve, with what is wrong with the first marginals that admit no plan."""
-    wrong = (status == Status.PRIMAL_INFEASIBLE).nonzero()
-    if not len(wrong):
-        return "sinkhorn"
-    _, a, b, *_ = (part[int(wrong[0])] for part in _flat(theta, batch))
-    if min(float(a.min()), float(b.min())) < 0:
-        return f"sinkhorn (marginals must not be negative; the smallest entry is {min(float(a.min()), float(b.min())):.3g})"
-    return f"sinkhorn (a and b must have the same total mass; a sums to {float(a.sum()):.9g}, b to {float(b.sum()):.9g})"
+    @staticmethod
+    def lagrangian_error(v: Tensor, C: Tensor, a: Tensor, b: Tensor, epsilon: Tensor, *rest: Tensor) -> Tensor:
+        """v − L."""
+        (potentials,) = rest
+        P = plan_of(potentials, C, a, b, epsilon)
+        f, g = potentials.split(list(C.shape[-2:]), -1)
+        mass = (a.sum(-1) + b.sum(-1)) / 2
+        return v - ((a * f).sum(-1) + (b * g).sum(-1) + epsilon * (mass - P.sum((-1, -2)))).unsqueeze(-1)

@@ -2,7 +2,8 @@ r"""Which method finds the potentials, and from where.
 
 Where ε is small beside the range of the cost, larger ε come first, each from the potentials of the one before; some sweeps there, and steps
 of Newton's method where they leave too much, make sure that the next one begins near its solution. At ε itself the sweeps go on as
-long as their rate of convergence promises that they are the faster way, and Newton's method takes over where it does not.
+long as their rate of convergence promises that they are the faster way, and Newton's method takes over where it does not. A cloud that
+is moved onto itself takes none of this (:mod:`~difflayers.transport.symmetric`).
 
 Reference: Kosowsky and Yuille, The invisible hand algorithm: solving the assignment problem with statistical physics, Neural Networks 7
 (1994), for the falling temperature.
@@ -19,6 +20,7 @@ from torch import Tensor
 from .newton import newton
 from .sparse_newton import sparse_newton
 from .sweeps import STRIDE, Scaled, Swept, sweep
+from .symmetric import is_symmetric, symmetric_sweep
 
 __all__ = ["Method", "find_potentials"]
 
@@ -47,9 +49,34 @@ def find_potentials(problem: Scaled, tol: Tensor, *, method: Method, max_iter: i
         method: as in :func:`~difflayers.transport.sinkhorn`.
         max_iter: most sweeps at ε itself, and most Newton steps.
     """
+    if method != "auto" or problem.slack is not None:
+        return _search(problem, tol, method, max_iter)
+    symmetric = is_symmetric(problem).nonzero().squeeze(-1)
+    if not symmetric.numel():
+        return _search(problem, tol, method, max_iter)
+    part = symmetric_sweep(problem.take(symmetric), tol[symmetric])
+    found = Swept(
+        torch.zeros_like(problem.a),
+        torch.zeros_like(problem.b),
+        torch.full_like(tol, torch.inf),
+        tol.new_zeros(tol.shape, dtype=torch.int64),
+    )
+    _put(found, symmetric, part)
+    left = (~(found.error <= tol)).nonzero().squeeze(-1)
+    if left.numel():
+        _put(found, left, _search(problem.take(left), tol[left], method, max_iter))
+    return found
+
+
+def _put(found: Swept, index: Tensor, part: Swept) -> None:
+    for target, source in zip(found, part, strict=True):
+        target[index] = source
+
+
+def _search(problem: Scaled, tol: Tensor, method: Method, max_iter: int | None) -> Swept:
     patience = math.inf if method == "sinkhorn" else -1.0
     if method == "auto":
-        method = "sparse_newton" if problem.b.shape[-1] >= _LARGE else "newton"
+        method = "sparse_newton" if problem.b.shape[-1] >= _LARGE and problem.slack is None else "newton"
         patience = _PATIENCE[method]
     gamma, before = _anneal(problem, method)
     found = sweep(problem, gamma, tol, max_iter=max_iter or _SWEEPS, patience=patience)
@@ -66,7 +93,8 @@ def _anneal(problem: Scaled, method: Method) -> tuple[Tensor, Tensor]:
         index = (levels >= remaining).nonzero().squeeze(-1)
         part = problem.take(index)
         larger = spread[index] * _FIRST * _FACTOR ** (levels[index] - remaining)
-        part = part._replace(X=part.X / larger[:, None, None])
+        slack = None if part.slack is None else part.slack * larger[:, None]
+        part = part._replace(X=part.X / larger[:, None, None], slack=slack)
         near = _NEAR * part.a.sum(-1)
         found = sweep(part, gamma[index] / larger[:, None], near, max_iter=STRIDE, patience=math.inf)
         _finish(found, part, near, _NEAR_STEPS, method)
@@ -84,5 +112,4 @@ def _finish(found: Swept, problem: Scaled, tol: Tensor, max_iter: int, method: M
         start = found.gamma[left].nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
         better = solver(problem.take(left), start, tol[left], max_iter=max_iter)
         better = better._replace(iterations=better.iterations + found.iterations[left])
-        for target, source in zip(found, better, strict=True):
-            target[left] = source
+        _put(found, left, better)
