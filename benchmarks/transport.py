@@ -4,6 +4,8 @@
 (autograd follows the sweeps) and with ``grad="last_step"``. The published implicit differentiation (Eisenberger et al. 2022) is
 restated on the plan that POT ends with: the marginal equations, one of them dropped, solved by LU. The reference is Newton's method on all
 the marginal equations in NumPy, started from our potentials, and the adjoint system at its end. Memory is the most that torch held at once.
+A second table compares Newton's method by conjugate gradients with that by factorizations, forward and backward; the backward solve is the
+same.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ from __future__ import annotations
 import argparse
 import warnings
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import torch
@@ -18,6 +21,7 @@ from torch import Tensor
 
 from benchmarks.timing import Table, describe_machine, installed, one_thread, peak_memory, race
 from difflayers.transport import sinkhorn
+from difflayers.transport.potentials import Method
 
 Gradient = Callable[[], Tensor]
 
@@ -39,6 +43,7 @@ def main(*, short: bool = False, everything: bool = False) -> None:
         # Points are the harder cost. The graph of large ones takes POT gigabytes and minutes.
         for kind in ("random", "points") if n <= 200 or everything else ("random",):
             _row(table, kind, n, epsilon, budget=0.5 if short else 4.0)
+    _newtons(short=short)
     _batches(short=short)
 
 
@@ -122,6 +127,37 @@ def exact_gradient(cost: Tensor, weights: Tensor, epsilon: float) -> Tensor:
     u = np.linalg.solve(matrix, rhs)
     u = np.append(u + np.linalg.solve(matrix, rhs - matrix @ u), 0)
     return torch.from_numpy(-(M - P * (u[:n, None] + u[n:])) / epsilon)
+
+
+def _newtons(*, short: bool) -> None:
+    columns = [
+        ("cost", 7),
+        ("n", -5),
+        ("ε", -6),
+        ("sparse ms", -9),
+        ("factorized ×", -12),
+        ("auto ms", -8),
+        ("plans", -6),
+        ("gradients", -9),
+    ]
+    table = Table(
+        "Newton's method with conjugate gradients on large entries, beside factorizations; differences, relative to the largest", columns
+    )
+    for n, epsilon in [(300, 1e-3)] if short else [(300, 1e-3), (500, 1e-3), (1000, 1e-2), (1000, 1e-3), (2000, 1e-3)]:
+        for kind in ("random", "points"):
+            cost, weights = _problem(kind, n)
+
+            def run(method: Method, cost: Tensor = cost, weights: Tensor = weights, epsilon: float = epsilon) -> tuple[Tensor, Tensor]:
+                leaf = cost.clone().requires_grad_()
+                plan = sinkhorn(leaf, epsilon=epsilon, method=method).plan
+                return plan.detach(), torch.autograd.grad((plan * weights).sum(), leaf)[0]
+
+            pairs = zip(run("sparse_newton"), run("newton"), strict=True)
+            gaps = [float((one - other).abs().max() / other.abs().max()) for one, other in pairs]
+            methods: tuple[Method, ...] = ("sparse_newton", "newton", "auto")
+            times = race({method: partial(run, method) for method in methods}, budget=0.5 if short else 3.0, rounds=(1, 20))
+            ratio = times.ratio("newton", "sparse_newton")
+            table.row(kind, n, epsilon, 1e3 * times.seconds("sparse_newton"), ratio, 1e3 * times.seconds("auto"), *gaps)
 
 
 def _batches(*, short: bool) -> None:

@@ -113,4 +113,4 @@ def _divergence() -> Layer:
     )
 
 
-TRANSPORT: tuple[Layer, ...] = (_plan("auto"), _plan("newton"), _potentials(), _module(), _divergence())
+TRANSPORT: tuple[Layer, ...] = (_plan("auto"), _plan("newton"), _plan("sparse_newton"), _potentials(), _module(), _divergence())

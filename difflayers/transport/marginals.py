@@ -73,7 +73,7 @@ def plan_of(potentials: Tensor, cost: Tensor, a: Tensor, b: Tensor, epsilon: Ten
     """
     phi, gamma = _scaled(potentials, a, b, epsilon)
     exponent = cost / -epsilon[..., None, None]
-    if in_a_transform(exponent, potentials):
+    if in_a_transform(exponent, potentials) or exponent.shape[:-2] != potentials.shape[:-1]:
         exponent = exponent + phi.unsqueeze(-1) + gamma.unsqueeze(-2)
     else:
         # The time for a large plan goes into memory that is touched for the first time.
@@ -314,7 +314,7 @@ class Factor:
         """The same for one plan and columns ``(m, k)`` by conjugate gradients, or None where they are not to be trusted."""
         if index not in self._graphs:
             rows, columns = self.rows[index, :, 0], self.columns[index, :, 0]
-            least = _LOST * min(float(part[part > 0].min()) for part in (rows, columns))
+            least = _LOST * min(float(torch.where(part > 0, part, torch.inf).min()) for part in (rows, columns))
             plan = Kept(self.P[index], least)
             self._graphs[index] = plan if _is_connected(plan, rows, columns) else None
         plan = self._graphs[index]

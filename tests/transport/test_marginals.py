@@ -54,6 +54,13 @@ def test_the_plan_is_zero_where_a_marginal_is() -> None:
     assert torch.equal(plan, torch.tensor([[0.0, 0.0, 0.0], [1.0, 1.0, 0.0]]))
 
 
+def test_a_cost_that_the_batch_shares() -> None:
+    x, cost, a, b, epsilon, _ = _point(3, 4)
+    potentials = torch.stack([x, 2 * x])
+    whole = plan_of(potentials, cost.expand(2, 3, 4), a, b, epsilon)
+    assert torch.equal(plan_of(potentials, cost, a, b, epsilon), whole)
+
+
 @pytest.mark.parametrize("epsilon", [0.3, 1e-4])
 def test_conjugate_gradients_and_the_factorization_agree(epsilon: float, monkeypatch: pytest.MonkeyPatch) -> None:
     # At the lower temperature the plan falls apart, conjugate gradients give up, and the factorization takes over.
@@ -68,7 +75,8 @@ def test_conjugate_gradients_and_the_factorization_agree(epsilon: float, monkeyp
     torch.testing.assert_close(slopes[0][1], slopes[1][1], rtol=1e-8, atol=1e-10)
 
 
-def test_a_large_sparse_plan_and_the_factorization_agree(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("penalty", [None, 0.5])
+def test_a_large_sparse_plan_and_the_factorization_agree(penalty: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
     cost, a, b = random_cost(320, 300).requires_grad_(), marginal(320).requires_grad_(), marginal(300, seed=1).requires_grad_()
     weights = random_cost(320, 300, seed=5)
     slopes, factorized = [], []
@@ -76,7 +84,7 @@ def test_a_large_sparse_plan_and_the_factorization_agree(monkeypatch: pytest.Mon
     monkeypatch.setattr(Laplacian, "refined", lambda *args: factorized.append(1) or right(*args))
     for limit in (300, 10**9):
         monkeypatch.setattr("difflayers.transport.marginals._ITERATED_FROM", limit)
-        plan = sinkhorn(cost, a, b, epsilon=3e-3, tol=1e-13).plan
+        plan = sinkhorn(cost, a, b, epsilon=3e-3, tol=1e-13, marginal_penalty=penalty).plan
         slopes.append(torch.autograd.grad((weights * plan).sum(), (cost, a, b)))
         assert len(factorized) == (limit > 300)
     for one, other in zip(*slopes, strict=True):
@@ -91,3 +99,12 @@ def test_groups_that_hardly_exchange_mass_are_seen() -> None:
     # Lines and columns without mass do not count.
     P = torch.nn.functional.pad(random_cost(4, 3), (1, 0, 1, 0))
     assert _is_connected(Kept(P, 1e-12), P.sum(1), P.sum(0))
+
+
+def test_a_large_plan_without_mass_has_a_derivative_too() -> None:
+    cost = random_cost(2, 300, 300).requires_grad_()
+    a = torch.stack([torch.zeros(300, dtype=torch.float64), marginal(300)])
+    plan = sinkhorn(cost, a, a, epsilon=0.1).plan
+    slope = torch.autograd.grad((plan * random_cost(300, 300, seed=1)).sum(), cost)[0]
+    assert not bool(plan[0].any() | slope[0].any())
+    assert bool(torch.isfinite(slope).all() & slope[1].any())

@@ -159,6 +159,24 @@ def test_large_plans_take_it_and_agree_with_the_factorization(monkeypatch: pytes
     torch.testing.assert_close(found.plan, sinkhorn(cost, epsilon=2e-3, tol=1e-12, method="newton").plan, rtol=0, atol=1e-12)
 
 
+def test_gradient_of_a_large_plan_against_finite_differences() -> None:
+    cost, logits, weights = random_cost(310, 310), random_cost(310, seed=1), random_cost(310, 310, seed=2) - 0.5
+    directions, step = (random_cost(310, 310, seed=3) - 0.5, random_cost(310, seed=4) - 0.5), 1e-6
+
+    def loss(cost: Tensor, logits: Tensor, tol: float | None = None) -> Tensor:
+        return (weights * sinkhorn(cost, logits.softmax(-1), epsilon=1e-3, tol=tol).plan).sum()
+
+    leaves = cost.clone().requires_grad_(), logits.clone().requires_grad_()
+    slopes = torch.autograd.grad(loss(*leaves), leaves)
+    for moved, slope, direction in zip((0, 1), slopes, directions, strict=True):
+        ends = [
+            loss(*(part + (t * step * direction if k == moved else 0) for k, part in enumerate((cost, logits))), tol=1e-14)
+            for t in (-2, -1, 1, 2)
+        ]
+        difference = float(8 * (ends[2] - ends[1]) - (ends[3] - ends[0])) / (12 * step)
+        assert abs(float((slope * direction).sum()) / difference - 1) <= 1e-6
+
+
 def test_steps_stop_at_the_limit() -> None:
     problem = _problem(20, 15, 0.01, count=2)
     found = _solve(problem, torch.zeros_like(problem.b), 1e-12, max_iter=3)
