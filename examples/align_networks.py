@@ -44,6 +44,9 @@ from difflayers.rebasin import (
 parser = argparse.ArgumentParser(description="Networks from different seeds, aligned by weight matching and by Sinkhorn re-basin.")
 parser.add_argument("--pairs", type=int, default=1, help="pairs of networks of each kind, each from two seeds of its own")
 parser.add_argument("--steps", type=int, default=100, help="steps of Sinkhorn re-basin")
+parser.add_argument(
+    "--channels", type=int, default=16, help="of the first of three convolutions; the others have twice and four times as many"
+)
 parser.add_argument("--epochs", type=int, default=60, help="epochs of each perceptron; convolutional networks take a sixth of it")
 options, _ = parser.parse_known_args()
 if os.environ.get("DIFFLAYERS_SHORT") == "1":
@@ -73,8 +76,9 @@ def convolutional() -> nn.Module:
     def block(before: int, after: int) -> list[nn.Module]:
         return [nn.Conv2d(before, after, 3, padding=1, bias=False), nn.BatchNorm2d(after), nn.ReLU()]
 
-    blocks = [*block(1, 16), nn.MaxPool2d(2), *block(16, 32), nn.MaxPool2d(2), *block(32, 64)]
-    return nn.Sequential(*blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10))
+    c = options.channels
+    blocks = [*block(1, c), nn.MaxPool2d(2), *block(c, 2 * c), nn.MaxPool2d(2), *block(2 * c, 4 * c)]
+    return nn.Sequential(*blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4 * c, 10))
 
 
 def batches(size: int, generator: torch.Generator | None = None) -> list[tuple[Tensor, Tensor]]:
@@ -83,7 +87,7 @@ def batches(size: int, generator: torch.Generator | None = None) -> list[tuple[T
     return [tuple(part[chosen] for part in training) for chosen in order.split(size) if len(chosen) == size]
 
 
-def train(build: Callable[[], nn.Module], epochs: int, seed: int) -> nn.Module:
+def train(build: Callable[[], nn.Module], epochs: int, seed: int, progress: tqdm) -> nn.Module:
     torch.manual_seed(seed)
     network = build()
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-2, weight_decay=0.1)
@@ -94,6 +98,7 @@ def train(build: Callable[[], nn.Module], epochs: int, seed: int) -> nn.Module:
             loss(network, x, y).backward()
             optimizer.step()
             schedule.step()
+        progress.update()
     return network.eval()
 
 
@@ -108,12 +113,14 @@ def loss(network: nn.Module, x: Tensor, y: Tensor) -> Tensor:
 # training digits, at each point of every curve ("repaired"), for the naive line as well as for the aligned ones.
 
 
-def lines(network: nn.Module, a: dict[str, Tensor], b: dict[str, Tensor], repair: bool = True) -> dict[str, LossCurve]:
-    """Loss along the line from a to b, on training digits and on those held out."""
-    norms = repair and any(isinstance(module, nn.BatchNorm2d) for module in network.modules())
-    loader = batches(432, torch.Generator().manual_seed(0)) if norms else None
-    parts = {"train": training, "test": test}
-    return {name: loss_curve(network, a, b, lambda net: loss(net, *part), repair=loader) for name, part in parts.items()}  # noqa: B023
+POINTS = 11
+
+
+def line(network: nn.Module, a: dict[str, Tensor], b: dict[str, Tensor], part: tuple[Tensor, Tensor], repair: bool = True) -> LossCurve:
+    """The loss on some digits along the line from a to b."""
+    norms = any(isinstance(module, nn.BatchNorm2d) for module in network.modules())
+    loader = batches(432, torch.Generator().manual_seed(0)) if norms and repair else None
+    return loss_curve(network, a, b, lambda between: loss(between, *part), POINTS, repair=loader)
 
 
 # %%
@@ -128,40 +135,39 @@ class Aligned(NamedTuple):
     """A pair of networks: what each way of aligning them makes of the line."""
 
     accuracies: list[float]
-    curves: dict[str, dict[str, LossCurve]]
+    curves: dict[str, tuple[LossCurve, LossCurve]]  # training digits, digits held out
 
 
 def align(build: Callable[[], nn.Module], epochs: int, pair: int, progress: tqdm) -> Aligned:
-    networks = []
-    for seed in (2 * pair, 2 * pair + 1):
-        networks.append(train(build, epochs, seed))
-        progress.update()
-    network = copy.deepcopy(networks[0])
-    a, b = (copy.deepcopy(each.state_dict()) for each in networks)
-    accuracies = [100 * float((each(test[0]).argmax(-1) == test[1]).float().mean()) for each in networks]
+    networks = [train(build, epochs, seed, progress) for seed in (2 * pair, 2 * pair + 1)]
+    accuracies = [100 * float((network(test[0]).argmax(-1) == test[1]).float().mean()) for network in networks]
+    network = copy.deepcopy(networks[1])
+    a, b = (each.state_dict() for each in networks)
 
-    spec = PermutationSpec.from_module(networks[1], test[0][:2])
+    spec = PermutationSpec.from_module(network, test[0][:2])
     matched = weight_matching(spec, a, b)
-    rebasin = SinkhornRebasin(networks[1], spec=spec, init=matched)
-    objective = MidpointObjective(networks[1], a, loss)
-    fitted = rebasin.fit(
-        objective,
-        batches(BATCH, torch.Generator().manual_seed(pair)),
-        evaluate=lambda params: lines(network, a, params)["train"].barrier,
-        steps=options.steps,
-        callback=lambda step, value: progress.update(1 / options.steps),
-    )
-    assert fitted.score <= fitted.start_score
-    ends = {"naive": b, "weight matching": spec.apply(b, matched), "Sinkhorn": rebasin.harden()}
-    curves = {name: lines(network, a, end) for name, end in ends.items()}
+    ends = {"naive": b, "weight matching": spec.apply(b, matched)}
+    for name, init in {"Sinkhorn alone": None, "matching, Sinkhorn": matched}.items():
+        rebasin = SinkhornRebasin(network, spec=spec, init=init)
+        found = rebasin.fit(
+            MidpointObjective(network, a, loss),
+            batches(BATCH, torch.Generator().manual_seed(pair)),
+            evaluate=lambda params: line(network, a, params, training).barrier,
+            steps=options.steps,
+            every=20,
+            callback=lambda step, value: progress.update(),
+        )
+        assert found.score <= found.start_score
+        ends[name] = rebasin.harden()
+    curves = {name: (line(network, a, end, training), line(network, a, end, test)) for name, end in ends.items()}
     if any("running_mean" in name for name in b):
-        curves["naive, not repaired"] = lines(network, a, b, repair=False)
+        curves["naive, not repaired"] = (line(network, a, b, training, repair=False), line(network, a, b, test, repair=False))
     return Aligned(accuracies, curves)
 
 
 KINDS = {"perceptron": (perceptron, options.epochs), "convolutional": (convolutional, max(1, options.epochs // 6))}
 results: dict[str, list[Aligned]] = {}
-with tqdm(total=3 * options.pairs * len(KINDS), bar_format="{l_bar}{bar}| {elapsed}") as bar:
+with tqdm(total=sum(2 * options.pairs * (epochs + options.steps) for _, epochs in KINDS.values())) as bar:
     for kind, (build, epochs) in KINDS.items():
         bar.set_description(f"{kind:13}")
         results[kind] = [align(build, epochs, pair, bar) for pair in range(options.pairs)]
@@ -170,21 +176,21 @@ for kind, pairs in results.items():
     for pair, (accuracies, curves) in enumerate(pairs):
         print(f"\n{kind}, pair {pair}: {accuracies[0]:.1f} % and {accuracies[1]:.1f} % of {HELD_OUT} digits right")
         print(f"{'barrier':20}{'train':>9}{'test':>9}")
-        for name, parts in curves.items():
-            print(f"{name:20}{parts['train'].barrier:9.3f}{parts['test'].barrier:9.3f}")
+        for name, (seen, unseen) in curves.items():
+            print(f"{name:20}{seen.barrier:9.3f}{unseen.barrier:9.3f}")
 
 # %%
 # What is left of the barrier
 # ---------------------------
 # Placeholder.
 
-COLOURS = {"naive, not repaired": "0.75", "naive": "0.35", "weight matching": "tab:blue", "Sinkhorn": "tab:red"}
+COLOURS = {"naive, not repaired": "0.75", "naive": "0.35", "weight matching": "tab:blue"}
+COLOURS |= {"Sinkhorn alone": "tab:orange", "matching, Sinkhorn": "tab:red"}
 figure, axes = plt.subplots(1, len(KINDS), figsize=(5.5 * len(KINDS), 4.2), layout="constrained")
 for panel, (kind, pairs) in zip(axes, results.items(), strict=True):
-    for name, parts in pairs[0].curves.items():
-        for part, style in (("train", "--"), ("test", "-")):
-            label = name if part == "test" else None
-            panel.plot(parts[part].lambdas, parts[part].losses, style, color=COLOURS[name], linewidth=2, label=label)
+    for name, curves in pairs[0].curves.items():
+        for curve, style, label in zip(curves, ("--", "-"), (None, name), strict=True):
+            panel.plot(curve.lambdas, curve.losses, style, color=COLOURS[name], linewidth=2, label=label)
     panel.set(title=f"{kind} network" if kind == "convolutional" else kind, xlabel="λ", ylabel="cross-entropy (dashed: training digits)")
     panel.set_yscale("log")
     panel.legend(frameon=False, fontsize=9)

@@ -35,6 +35,13 @@ LINES = {
     "sorting_supervision": ["logistic, odd_even 20 {} {} {}", "cauchy, odd_even 20 {} {} {}", "NeuralSort {} {} {} {}", "ranks 1 {} {} {}"],
     "colour_transfer": ["histograms {} {} {}", "plan, ε = 0.001 {} {} {}", "learned, λ = 10 {} {} {}"],
     "transport_map": ["plain, λ = 0 {} ± {} {} ± {} {} ± {} {} ± {}", "plain, λ = 1 {} ± {} {} ± {} {} ± {} {} ± {}"],
+    "align_networks": [
+        "perceptron, pair 0: {} % and {} % of 500 digits right",
+        "weight matching {} {}",
+        "Sinkhorn alone {} {}",
+        "matching, Sinkhorn {} {}",
+        "naive, not repaired {} {}",
+    ],
     "jacobian_descent": ["average {} {} {} × {} × {} {} {} %", "UPGrad {} {} {} × {} × {} {} {} %"],
 }
 SEEDED = ("quickstart", "decision_focused", "learning_to_rank", "mpc_learned_cost", "topk_classification", "transport_map")

@@ -146,9 +146,9 @@ class SinkhornRebasin(nn.Module):
         """The relaxed permutations with their status. Groups of one size are one batch."""
         found = RelaxedPermutations({}, {}, {}, {})
         for size, groups in self._groups.items():
-            options = {"epsilon": self.epsilon, "tol": self.tol, "max_iter": self.max_iter, "on_failure": self.on_failure}
+            cost = -self.scores[str(size)]
             try:
-                solution = sinkhorn(-self.scores[str(size)], **options)
+                solution = sinkhorn(cost, epsilon=self.epsilon, tol=self.tol, max_iter=self.max_iter, on_failure=self.on_failure)
             except SolveError as error:
                 error.add_note(f"The elements of the batch are the groups {', '.join(groups)}; were their scores driven too far?")
                 raise

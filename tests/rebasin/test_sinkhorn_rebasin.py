@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 import pickle
 
@@ -28,7 +29,7 @@ AXES = {
 
 def perceptron(*widths: int, seed: int = 0) -> nn.Sequential:
     torch.manual_seed(seed)
-    layers = [layer for n, m in zip(widths[:-1], widths[1:], strict=True) for layer in (nn.Linear(n, m), nn.ReLU())]
+    layers = [layer for n, m in itertools.pairwise(widths) for layer in (nn.Linear(n, m), nn.ReLU())]
     return nn.Sequential(*layers[:-1]).double()
 
 
@@ -78,7 +79,11 @@ def test_it_starts_near_the_identity_or_the_given_permutations() -> None:
     near = SinkhornRebasin(model, spec=spec, epsilon=0.1)
     assert all(float(S.detach().diagonal().min()) > 0.99 for S in near.solve().matrices.values())
     init = spec.random(generator=generator(2))
-    for start, wanted in ((None, spec.identity()), (init, init), ({"second": init["second"]}, {**spec.identity(), "second": init["second"]})):
+    for start, wanted in (
+        (None, spec.identity()),
+        (init, init),
+        ({"second": init["second"]}, {**spec.identity(), "second": init["second"]}),
+    ):
         rebasin = SinkhornRebasin(model, spec=spec, init=start)
         for group, permutation in rebasin.permutations().items():
             assert permutation.dtype == torch.int64
@@ -106,7 +111,11 @@ def test_permutations_are_the_nearest_to_the_relaxed_ones() -> None:
     with torch.no_grad():
         rebasin.scores["4"].normal_(generator=generator(4))
         relaxed = rebasin.solve().matrices
-    every = [torch.eye(4, dtype=torch.float64)[list(order)] for order in torch.cartesian_prod(*[torch.arange(4)] * 4).tolist() if len(set(order)) == 4]
+    every = [
+        torch.eye(4, dtype=torch.float64)[list(order)]
+        for order in torch.cartesian_prod(*[torch.arange(4)] * 4).tolist()
+        if len(set(order)) == 4
+    ]
     for group, S in relaxed.items():
         chosen = torch.eye(4, dtype=torch.float64)[rebasin.permutations()[group]]
         assert float((S - chosen).norm()) <= min(float((S - other).norm()) for other in every) + 1e-12
