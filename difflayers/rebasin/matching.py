@@ -17,13 +17,14 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from ..errors import ConvergenceWarning, ShapeError
 from .assignment import assign, rows
+from .axes import Group, leaves, positions
 from .signatures import outward
 from .spec import Occurrence, PermutationSpec
 
@@ -109,9 +110,13 @@ def comparable(
     return a, b
 
 
-def touching(spec: PermutationSpec, names: Collection[str]) -> dict[str, list[Occurrence]]:
+def touching(spec: PermutationSpec, names: Iterable[str]) -> dict[str, list[Occurrence]]:
     """Group → where it touches these weights; groups that do not are left out."""
-    places = {group: [at for at in spec.occurrences(group) if at.name in names] for group in spec.sizes}
+    places: dict[str, list[Occurrence]] = {group: [] for group in spec.sizes}
+    for name in names:
+        for dim, axis in enumerate(spec.axes[name]):
+            for group in dict.fromkeys(leaf.name for leaf in leaves(axis) if isinstance(leaf, Group)):
+                places[group] += [Occurrence(name, dim, place) for place in positions(axis, group)]
     return {group: at for group, at in places.items() if at}
 
 
@@ -128,7 +133,7 @@ def ascend(
     found = {**spec.identity(), **{group: value.cpu() for group, value in start.items()}}
     permuted = spec.apply(b, found)
     groups = list(places)
-    touches = {group: {at.name for at in places[group]} for group in groups}
+    touches = {group: dict.fromkeys(at.name for at in places[group]) for group in groups}
     twice = {group for group in groups if _occurs_twice(places[group])}
     rounding = {group: _ROUNDING * _bound(a, b, touches[group]) for group in groups}
     stale = set(groups)
@@ -147,7 +152,7 @@ def ascend(
             if gain > rounding[group]:
                 found[group] = found[group][step]
                 permuted |= spec.apply(mine, {group: step})
-                stale |= {other for other in groups if touches[other] & touches[group] and (other != group or group in twice)}
+                stale |= {other for other in groups if touches[other].keys() & touches[group].keys() and (other != group or group in twice)}
         if not stale:
             return found
     message = f"weight matching: {', '.join(sorted(stale))} could still change after {max_iter} visits of every group; raise max_iter"

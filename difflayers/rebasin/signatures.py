@@ -39,12 +39,15 @@ def outward(
     """
     found = dict(known or {})
     permuted = dict(spec.apply(b, found))
-    for _ in places:
-        group = max((group for group in places if group not in found), key=lambda group: _comparable(spec, places[group], found))
+    touches = {group: {at.name for at in places[group]} for group in places}
+    score = {group: _comparable(spec, places[group], found) for group in places}
+    while score:
+        group = max(score, key=lambda group: score[group])
+        del score[group]
         products = (_signatures(spec, a, at, found) @ _signatures(spec, permuted, at, found).mT for at in places[group])
         found[group] = assign(sum(products, torch.zeros(())))
-        touched = {at.name: permuted[at.name] for at in places[group]}
-        permuted |= spec.apply(touched, {group: found[group]})
+        permuted |= spec.apply({name: permuted[name] for name in touches[group]}, {group: found[group]})
+        score |= {other: _comparable(spec, places[other], found) for other in score if touches[other] & touches[group]}
     return found
 
 

@@ -194,3 +194,10 @@ def test_failures() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         weight_matching(spec, a, b)
+
+
+def test_nothing_to_permute() -> None:
+    spec, a = network({"weight": ((3, 2), (None, None))})
+    assert weight_matching(spec, a, a) == {}
+    spec, a = network({"weight": ((1, 2), ("one", None)), "bias": ((1,), ("one",))})
+    assert weight_matching(spec, a, {name: 0 * tensor for name, tensor in a.items()})["one"].tolist() == [0]
