@@ -2,7 +2,7 @@ r"""Which weights of a network may be renamed together: its permutation symmetri
 
 Renaming the hidden units of a layer, :math:`W_ℓ ← P_ℓ W_ℓ P_{ℓ-1}^T`, :math:`b_ℓ ← P_ℓ b_ℓ`, leaves the function of the network unchanged.
 A :class:`PermutationSpec` says for each dimension of each weight and buffer which groups of units it is made of
-(:mod:`~difflayers.rebasin.axes`). :meth:`PermutationSpec.from_module` finds it by tracing the network, and proves it: the groups
+(:mod:`~difflayers.rebasin.axes`). :meth:`PermutationSpec.from_module` finds it by running the network, and proves it: the groups
 are what remains of one unknown permutation per dimension when each operation of the network has demanded what it needs to commute with
 it (:mod:`~difflayers.rebasin.inference`).
 
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ..errors import ShapeError
 from .axes import Axis, Fixed, Group, index, leaves, positions, transform
-from .inference import Override, infer_axes, verify
+from .inference import Example, Override, infer_axes, verify
 
 __all__ = ["Occurrence", "PermutationSpec"]
 
@@ -60,10 +60,8 @@ class PermutationSpec:
                     raise ShapeError(f"{name}: group {leaf.name!r} has {leaf.size} units here and {self.sizes[leaf.name]} elsewhere")
 
     @classmethod
-    def from_module(
-        cls, model: nn.Module, example_input: Tensor | Sequence[Any], *, overrides: Mapping[Any, Override] | None = None
-    ) -> PermutationSpec:
-        """The symmetries of a network, found by tracing it with torch.fx and checked on the example (:meth:`verify`).
+    def from_module(cls, model: nn.Module, example_input: Example, *, overrides: Mapping[Any, Override] | None = None) -> PermutationSpec:
+        """The symmetries of a network, found from the operations that it calls, and checked on the example (:meth:`verify`).
 
         Any architecture of operations that are known: linear maps, convolutions (grouped and depthwise, too), the normalizations,
         recurrent layers, attention (``nn.MultiheadAttention``, the transformer layers, or written by hand), residual sums, views,
@@ -72,13 +70,14 @@ class PermutationSpec:
 
         Args:
             model: the network. It is copied and not changed.
-            example_input: its argument, or a sequence of its positional arguments.
+            example_input: its argument, a sequence of its positional arguments, or a dict of its keyword arguments.
             overrides: how to treat what can't be proved: the path of a submodule, a class of modules or a function → ``"fixed"``
                 (nothing moves through it, its weights included), ``"elementwise"`` (it commutes with any renaming of any dimension), or a
                 rule ``(call, *args) -> terms`` as in ``difflayers.rebasin.inference``.
 
         Raises:
-            UnsupportedModuleError: the network can't be traced, the rules do not cover an operation (it is named), or the check fails.
+            UnsupportedModuleError: the rules do not cover an operation (it is named, and the module that calls it), the values of a tensor
+                decide what is done, or the check fails.
 
         Example:
             >>> import torch
@@ -221,7 +220,7 @@ class PermutationSpec:
                 found += [Occurrence(name, dim, place) for place in positions(axis, group)]
         return found
 
-    def verify(self, model: nn.Module, example_input: Tensor | Sequence[Any], *, generator: torch.Generator | None = None) -> None:
+    def verify(self, model: nn.Module, example_input: Example, *, generator: torch.Generator | None = None) -> None:
         """Check that renaming units at random leaves the function of the network unchanged, at weights that have no symmetries.
 
         Args:

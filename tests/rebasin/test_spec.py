@@ -171,12 +171,12 @@ def test_an_unknown_module_is_named() -> None:
             return x * 2 if bool(x.sum() > 0) else x
 
     model, x = nn.Sequential(nn.Linear(3, 6), Power(), nn.Linear(6, 2)), torch.randn(4, 3)
-    with pytest.raises(UnsupportedModuleError, match=r"can't be traced.*control flow"):
+    with pytest.raises(UnsupportedModuleError, match=r"module '1' \(Power\) calls .*__bool__: the values of a tensor decide"):
         PermutationSpec.from_module(model, x)
     for overrides in ({"1": "elementwise"}, {Power: "elementwise"}, {"1": lambda call, x: x.terms}):
         assert PermutationSpec.from_module(model, x, overrides=overrides).sizes == {"0": 6}
     unfolded = nn.Sequential(nn.Conv2d(1, 3, 1), nn.Unfold(2))
-    with pytest.raises(UnsupportedModuleError, match=r"module '1' \(Unfold\).*overrides=\{'1'"):
+    with pytest.raises(UnsupportedModuleError, match=r"module '1' \(Unfold\) calls unfold: .*overrides=\{'1'"):
         PermutationSpec.from_module(unfolded, torch.randn(1, 1, 3, 3))
 
     def refuses(call, *args):
@@ -184,6 +184,57 @@ def test_an_unknown_module_is_named() -> None:
 
     with pytest.raises(UnsupportedModuleError, match="moons of Jupiter"):
         PermutationSpec.from_module(model, x, overrides={"1": refuses})
+
+
+def test_a_tensor_of_unknown_origin_is_refused() -> None:
+    scale = torch.rand(6, dtype=torch.float64)
+
+    class Outside(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.down = nn.Linear(3, 6), nn.Linear(6, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.down(self.up(x) * scale)
+
+    with pytest.raises(UnsupportedModuleError, match=r"Outside calls .*mul.*: a tensor \(6,\) comes from where nothing is seen"):
+        PermutationSpec.from_module(Outside(), torch.randn(4, 3))
+
+
+def test_branches_on_sizes_and_types_need_no_care() -> None:
+    class Branching(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.down = nn.Linear(3, 6), nn.Linear(6, 2)
+
+        def forward(self, x: Tensor | None = None, *parts: Tensor, **options: Tensor) -> Tensor:
+            if isinstance(x, Tensor) and x.shape[0] > 1:
+                x, *_ = torch.tanh(self.up(x)).split(len(x) // 2)
+            return self.down(sum([x, *parts, *options.values()]))
+
+    model, x = Branching(), torch.randn(4, 3)
+    assert PermutationSpec.from_module(model, x).sizes == {"up": 6}
+    assert PermutationSpec.from_module(model, {"x": x}).sizes == {"up": 6}
+    assert PermutationSpec.from_module(model, {"x": x, "shift": torch.randn(6)}).sizes == {}
+
+
+def test_lookup_tables() -> None:
+    """A relative position bias: a row for each offset, a column for each head."""
+
+    class Biased(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.query, self.key, self.value, self.out = (nn.Linear(8, 8) for _ in range(4))
+            self.table = nn.Parameter(torch.randn(5, 2))
+            self.register_buffer("offset", torch.arange(3)[:, None] - torch.arange(3) + 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            q, k, v = (layer(x).unflatten(-1, (2, 4)).transpose(1, 2) for layer in (self.query, self.key, self.value))
+            bias = self.table[self.offset.flatten()].view(3, 3, 2).permute(2, 0, 1)
+            weights = torch.softmax(torch.einsum("bhqd, bhkd -> bhqk", q, k) + bias, dim=-1)
+            return self.out((weights @ v).transpose(1, 2).flatten(2))
+
+    assert sorted(PermutationSpec.from_module(Biased(), torch.randn(2, 3, 8)).sizes.values()) == [2, 4, 4]
 
 
 def test_units_that_are_known_by_number_stay() -> None:

@@ -36,8 +36,7 @@ class Call(NamedTuple):
 
     Attributes:
         output: what it has returned.
-        operation: the function, or the name of the method.
-        users: the indices of its results that are used, None if the tuple is passed on whole.
+        operation: the function, or the class of the module.
         module: the module that is called, None for a function.
         parameter: a module's parameter or buffer by name, None if it has none of that name.
         inside: the call of a part of the module, by name.
@@ -45,7 +44,6 @@ class Call(NamedTuple):
 
     output: Any
     operation: Any
-    users: frozenset[int] | None = None
     module: nn.Module | None = None
     parameter: Callable[[str], Traced | None] = lambda name: None
     inside: Callable[[str], Call] = lambda name: Call(None, None)

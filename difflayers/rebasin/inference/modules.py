@@ -1,82 +1,17 @@
-"""The modules of ``torch.nn``, which are not traced into: each names its weights and follows the rule of its operation."""
+"""Modules of ``torch.nn`` whose forward pass is not made of operations that can be seen, or hides its structure: attention, recurrence."""
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
-from .calls import Call, Rule, Terms, Traced, elementwise, fixed, fixed_all
-from .operations import OPERATIONS
-from .terms import Term, Unknown, concatenate, fix, multiply, reshape, unify
+from .calls import Call, Rule, Terms, Traced, fixed
+from .terms import Term, Unknown, concatenate, fix, multiply, unify
 from .weights import linear, normalization
 
 __all__ = ["MODULES"]
-
-
-def _linear(call: Call, input: Traced) -> Terms:
-    weight = call.parameter("weight")
-    assert weight is not None
-    return linear(call, input, weight, call.parameter("bias"))
-
-
-def _convolution(call: Call, input: Traced, output_size: Any = None) -> Terms:
-    module: Any = call.module
-    name = type(module).__name__
-    rule = OPERATIONS[("conv_transpose" if "Transpose" in name else "conv") + name[-2:].lower()]
-    return rule(call, input, call.parameter("weight"), call.parameter("bias"), groups=module.groups)
-
-
-def _channel_norm(call: Call, input: Traced) -> Terms:
-    normalization(input.terms[1], *(call.parameter(name) for name in ("weight", "bias", "running_mean", "running_var")))
-    return input.terms
-
-
-def _layer_norm(call: Call, input: Traced) -> Terms:
-    return OPERATIONS["layer_norm"](call, input, None, call.parameter("weight"), call.parameter("bias"))
-
-
-def _group_norm(call: Call, input: Traced) -> Terms:
-    module: Any = call.module
-    return OPERATIONS["group_norm"](call, input, module.num_groups, call.parameter("weight"), call.parameter("bias"))
-
-
-def _with_weight(operation: str) -> Rule:
-    def rule(call: Call, input: Traced) -> Terms:
-        return OPERATIONS[operation](call, input, call.parameter("weight"))
-
-    return rule
-
-
-def _flattened(call: Call, input: Traced) -> Terms:
-    return reshape(input.terms, call.output.shape)
-
-
-def _pool(call: Call, input: Traced) -> Any:
-    space = int(type(call.module).__name__[-2])
-    return OPERATIONS[f"max_pool{space}d"](call, input)
-
-
-def _pad(call: Call, input: Traced) -> Terms:
-    module: Any = call.module
-    name = type(module).__name__
-    return OPERATIONS["pad"](call, input, list(module.padding), "constant" if name[:4] in ("Zero", "Cons") else "reflect")
-
-
-def _upsample(call: Call, input: Traced) -> Terms:
-    return OPERATIONS["interpolate"](call, input)
-
-
-def _glu(call: Call, input: Traced) -> Terms:
-    module: Any = call.module
-    return OPERATIONS["glu"](call, input, module.dim)
-
-
-def _pixel_shuffle(call: Call, input: Traced) -> Terms:
-    module: Any = call.module
-    if isinstance(module, nn.PixelShuffle):
-        return OPERATIONS["pixel_shuffle"](call, input, module.upscale_factor)
-    return OPERATIONS["pixel_unshuffle"](call, input, module.downscale_factor)
 
 
 def _multihead_attention(call: Call, query: Traced, key: Traced, value: Traced, *args: Any, **kwargs: Any) -> tuple[Terms, Terms | None]:
@@ -171,52 +106,29 @@ def _recurrent(call: Call, input: Traced, hx: Any = None) -> tuple[Any, Any]:
             states.append(state)
             cells.append(cell)
         below = concatenate(outputs)
-    lasts = call.output[1] if isinstance(call.output[1], tuple) else (call.output[1],)
-    pairs = list(zip(lasts, (states, cells), strict=False))
-    given = [] if hx is None else [hx] if isinstance(hx, Traced) else hx
-    if call.users is None or 1 in call.users or given:  # the layers' last states share a tensor
-        for number, (_, terms) in enumerate(pairs):
-            for term in terms[1:]:
-                unify(terms[0], term)
-            if given:
-                unify(given[number].terms[-1], terms[0])
-    last = tuple((*fixed(value)[:-1], terms[0]) for value, terms in pairs)
+    kinds = (states, cells) if isinstance(call.output[1], tuple) else (states,)
+    given = [] if hx is None else [hx] if isinstance(hx, Traced) else list(hx)
+
+    def shared(terms: list[Term], value: Tensor) -> Terms:
+        """The layers share a tensor, and if it is used they are renamed alike."""
+        for term in terms[1:]:
+            unify(terms[0], term)
+        return (*fixed(value)[:-1], terms[0])
+
+    for terms, start in zip(kinds, given, strict=False):
+        unify(start.terms[-1], shared(terms, start.value)[-1])
+    values = call.output[1] if isinstance(call.output[1], tuple) else (call.output[1],)
+    last = tuple(partial(shared, terms, value) for terms, value in zip(kinds, values, strict=True))
     return (*input.terms[:-1], below), last if isinstance(call.output[1], tuple) else last[0]
 
 
-def _opaque(call: Call, *args: Any, **kwargs: Any) -> Any:
-    return fixed_all(call.output, *(operand for operand in args if isinstance(operand, Traced)))
-
-
-_ELEMENTWISE = """
-    Identity ReLU ReLU6 GELU SiLU Tanh Sigmoid Hardsigmoid LeakyReLU RReLU ELU SELU CELU Softplus Softsign Tanhshrink Hardshrink Softshrink
-    Hardswish Hardtanh Mish LogSigmoid Threshold Dropout Dropout1d Dropout2d Dropout3d AlphaDropout FeatureAlphaDropout Softmax LogSoftmax
-    Softmin Softmax2d
-"""
-
-_TABLE: dict[str, Rule] = {
-    **dict.fromkeys(_ELEMENTWISE.split(), elementwise),
-    **dict.fromkeys(["Conv1d", "Conv2d", "Conv3d", "ConvTranspose1d", "ConvTranspose2d", "ConvTranspose3d"], _convolution),
-    **{f"{kind}Norm{space}d": _channel_norm for kind in ("Batch", "Instance") for space in (1, 2, 3)},
-    **dict.fromkeys(["LayerNorm", "RMSNorm"], _layer_norm),
-    **dict.fromkeys(["Flatten", "Unflatten"], _flattened),
-    **dict.fromkeys(["LSTM", "GRU", "RNN"], _recurrent),
-    **dict.fromkeys(["PixelShuffle", "PixelUnshuffle"], _pixel_shuffle),
-    **dict.fromkeys(["Upsample", "UpsamplingNearest2d", "UpsamplingBilinear2d"], _upsample),
-    **{f"{kind}Pool{space}d": _pool for kind in ("Max", "Avg", "LP", "AdaptiveMax", "AdaptiveAvg") for space in (1, 2, 3)},
-    **{f"{kind}Pad{space}d": _pad for kind in ("Zero", "Constant", "Reflection", "Replication", "Circular") for space in (1, 2, 3)},
-    "Embedding": _with_weight("embedding"),
-    "GLU": _glu,
-    "GroupNorm": _group_norm,
-    "Linear": _linear,
-    "LocalResponseNorm": _opaque,
-    "MultiheadAttention": _multihead_attention,
-    "SyncBatchNorm": _channel_norm,
-    "PReLU": _with_weight("prelu"),
-    "TransformerDecoder": _stack(_decoder_layer),
-    "TransformerDecoderLayer": _decoder_layer,
-    "TransformerEncoder": _stack(_encoder_layer),
-    "TransformerEncoderLayer": _encoder_layer,
+MODULES: dict[type[nn.Module], Rule] = {
+    nn.GRU: _recurrent,
+    nn.LSTM: _recurrent,
+    nn.MultiheadAttention: _multihead_attention,
+    nn.RNN: _recurrent,
+    nn.TransformerDecoder: _stack(_decoder_layer),
+    nn.TransformerDecoderLayer: _decoder_layer,
+    nn.TransformerEncoder: _stack(_encoder_layer),
+    nn.TransformerEncoderLayer: _encoder_layer,
 }
-
-MODULES: dict[type[nn.Module], Rule] = {getattr(nn, name): rule for name, rule in _TABLE.items() if hasattr(nn, name)}

@@ -21,18 +21,7 @@ def _reshaped(call: Call, input: Traced, *args: Any, **kwargs: Any) -> Terms:
 def _permuted(call: Call, input: Traced, *args: Any, **kwargs: Any) -> Terms:
     # The operation itself says where the dimensions go: their sizes are made their numbers.
     probe = torch.empty([number + 1 for number in range(len(input.terms))], device="meta")
-    operation = getattr(Tensor, call.operation) if isinstance(call.operation, str) else call.operation
-    return tuple(input.terms[size - 1] for size in operation(probe, *args, **kwargs).shape)
-
-
-def _attribute(call: Call, input: Traced, name: str) -> Terms:
-    if name in ("T", "mT", "H", "mH"):
-        order = list(range(len(input.terms)))
-        order = order[::-1] if name in ("T", "H") else [*order[:-2], order[-1], order[-2]]
-        return tuple(input.terms[place] for place in order)
-    if name in ("data", "real"):
-        return input.terms
-    raise Unprovable(f"the attribute {name!r}")
+    return tuple(input.terms[size - 1] for size in call.operation(probe, *args, **kwargs).shape)
 
 
 def _reduced(call: Call, input: Traced, dim: Any = None, *args: Any, **kwargs: Any) -> Any:
@@ -129,8 +118,8 @@ def _item(call: Call, input: Any, index: Any) -> Any:
     if not isinstance(input, Traced):
         return None
     entries = list(index) if isinstance(index, tuple) and not isinstance(index, Traced) else [index]
-    if any(isinstance(entry, Traced | list | Tensor) for entry in entries):
-        raise Unprovable("indexing by a tensor or a list")
+    if sum(isinstance(entry, Traced) for entry in entries) > 1:
+        raise Unprovable("indexing by several tensors")
     if Ellipsis in entries:
         place = entries.index(Ellipsis)
         entries[place : place + 1] = [slice(None)] * (len(input.terms) - sum(entry is not None for entry in entries) + 1)
@@ -148,12 +137,22 @@ def _item(call: Call, input: Any, index: Any) -> Any:
             else:
                 stop = max(start, stop)
                 found.append(cut(term, [start, stop - start, term.size - stop])[1])
+        elif isinstance(entry, Traced) and entry.value.dtype == torch.int64:
+            fix(term)
+            found += entry.terms
         elif isinstance(entry, int) and not isinstance(entry, bool):
             entry %= term.size
             cut(term, [entry, 1, term.size - entry - 1])
         else:
             raise Unprovable(f"an index {entry!r}")
     return (*found, *remaining)
+
+
+def _selected(call: Call, input: Traced, dim: int, index: Traced) -> Terms:
+    found = list(input.terms)
+    fix(found[dim])
+    found[dim] = index.terms[0]
+    return tuple(found)
 
 
 def _expanded(call: Call, input: Traced, *args: Any, **kwargs: Any) -> Terms:
@@ -197,7 +196,9 @@ def _pixel_unshuffle(call: Call, input: Traced, downscale_factor: int) -> Terms:
 
 SHAPES: dict[str, Rule] = {
     **dict.fromkeys(["view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "view_as", "reshape_as"], _reshaped),
-    **dict.fromkeys(["permute", "transpose", "t", "movedim", "moveaxis", "swapaxes", "swapdims", "adjoint"], _permuted),
+    **dict.fromkeys(
+        ["permute", "transpose", "t", "movedim", "moveaxis", "swapaxes", "swapdims", "adjoint", "T", "mT", "H", "mH"], _permuted
+    ),
     **dict.fromkeys(["mean", "sum", "amax", "amin", "max", "min", "prod", "var", "std", "logsumexp", "all", "any", "median"], _reduced),
     **dict.fromkeys(["norm", "vector_norm"], _norm),
     **dict.fromkeys(["argmax", "argmin"], _numbered),
@@ -208,9 +209,9 @@ SHAPES: dict[str, Rule] = {
     **dict.fromkeys(["chunk", "split", "tensor_split", "split_with_sizes"], _pieces),
     **dict.fromkeys(["expand", "expand_as", "broadcast_to"], _expanded),
     **dict.fromkeys(["repeat", "tile"], _repeated),
-    "getattr": _attribute,
     "getitem": _item,
     "glu": _gated,
+    "index_select": _selected,
     "pad": _pad,
     "pixel_shuffle": _pixel_shuffle,
     "pixel_unshuffle": _pixel_unshuffle,

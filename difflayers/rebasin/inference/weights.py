@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .calls import Call, Rule, Terms, Traced, Unprovable, broadcast, fixed
+from .calls import Call, Rule, Terms, Traced, Unprovable, broadcast, fixed, fixed_all, traced_in
 from .terms import Term, Unknown, cut, fix, multiply, resolve, split, unify
 
 __all__ = ["WEIGHTS", "linear", "normalization"]
@@ -55,6 +55,10 @@ def _matmul(call: Call, input: Traced, other: Traced) -> Terms:
     kept = (*left[-2:-1], *(right[-1:] if len(right) > 1 else ()))
     batch = call.output.dim() - len(kept)
     return (*broadcast([left[:-2], right[:-2]], call.output.shape[:batch]), *kept)
+
+
+def _reversed_matmul(call: Call, input: Traced, other: Traced) -> Terms:
+    return _matmul(call, other, input)
 
 
 def _added_matmul(call: Call, input: Traced, mat1: Traced, mat2: Traced, **kwargs: Any) -> Terms:
@@ -121,6 +125,10 @@ def _group_norm(
     return input.terms
 
 
+def _opaque(call: Call, *args: Any, **kwargs: Any) -> Any:
+    return fixed_all(call.output, *traced_in([args, kwargs]))
+
+
 def _prelu(call: Call, input: Traced, weight: Traced) -> Terms:
     if weight.value.numel() > 1:
         unify(weight.terms[0], input.terms[1 if len(input.terms) > 1 else 0])
@@ -178,7 +186,7 @@ WEIGHTS: dict[str, Rule] = {
     **{f"conv{space}d": _convolution for space in (1, 2, 3)},
     **{f"conv_transpose{space}d": _transposed_convolution for space in (1, 2, 3)},
     **{f"{kind}_pool{space}d": _in_space(space) for kind in ("max", "avg", "lp", "adaptive_max", "adaptive_avg") for space in (1, 2, 3)},
-    **dict.fromkeys(["matmul", "bmm", "mm", "mv", "imatmul"], _matmul),
+    **dict.fromkeys(["matmul", "bmm", "mm", "mv", "dot", "vdot", "imatmul"], _matmul),
     **dict.fromkeys(["addmm", "baddbmm"], _added_matmul),
     **dict.fromkeys(["batch_norm", "instance_norm"], _batch_norm),
     **dict.fromkeys(["layer_norm", "rms_norm"], _layer_norm),
@@ -187,6 +195,8 @@ WEIGHTS: dict[str, Rule] = {
     "embedding": _embedding,
     "group_norm": _group_norm,
     "linear": linear,
+    "local_response_norm": _opaque,
     "prelu": _prelu,
+    "rmatmul": _reversed_matmul,
     "scaled_dot_product_attention": _attention,
 }
