@@ -127,7 +127,7 @@ def line(network: nn.Module, a: dict[str, Tensor], b: dict[str, Tensor], part: t
 # Alignment
 # ---------
 # ``from_module`` finds the groups of units that may be renamed together, from the network itself. Weight matching takes a moment. Sinkhorn
-# re-basin makes the loss halfway between the networks small, once from the order that the network has, once from what weight matching found.
+# re-basin makes the loss halfway between the networks small, once from the order that the network has, once from what matching found.
 # The hardened permutations are judged by their barrier on training digits now and then, and the best are kept, those of the start among
 # them: it never ends higher than it started.
 
@@ -183,8 +183,8 @@ for kind, pairs in results.items():
 # %%
 # What is left of the barrier
 # ---------------------------
-# Of the perceptrons' barrier next to nothing is left. Sinkhorn re-basin needs no weight matching to get there: alone it ends lower, since it
-# trains what is measured, while near weights are only a sign of it. Started from a matching it sits in that matching's neighbourhood.
+# Of the perceptrons' barrier next to nothing is left. Sinkhorn re-basin needs no weight matching to get there: alone it ends lower, as it
+# trains what is measured, while near weights are only a sign of it. Started from a matching it stays in that matching's neighbourhood.
 #
 # For the convolutional networks most of the naive barrier is no matter of permutations: half of it goes as soon as BatchNorm is repaired,
 # because the hidden units between two networks vary less than those of either, and a layer scales them by what the ends have measured. What
