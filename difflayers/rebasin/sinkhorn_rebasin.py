@@ -93,15 +93,14 @@ class SinkhornRebasin(nn.Module):
         >>> import torch
         >>> from torch import nn
         >>> from difflayers.rebasin import L2Objective, PermutationSpec, SinkhornRebasin
-        >>> model = nn.Sequential(nn.Linear(2, 8), nn.ReLU(), nn.Linear(8, 1))
-        >>> hand = {"0.weight": ("hidden", None), "0.bias": ("hidden",), "2.weight": (None, "hidden")}
-        >>> spec = PermutationSpec.from_axes(model.state_dict(), hand)
-        >>> planted = spec.random(generator=torch.Generator().manual_seed(0))
-        >>> objective = L2Objective(spec.apply(model.state_dict(), planted))
+        >>> generator = torch.Generator().manual_seed(0)
+        >>> model, x = nn.Sequential(nn.Linear(2, 8), nn.ReLU(), nn.Linear(8, 1)), torch.randn(5, 2, generator=generator)
+        >>> spec = PermutationSpec.from_module(model, x)
+        >>> objective = L2Objective(spec.apply(model.state_dict(), spec.random(generator=generator)))
         >>> rebasin = SinkhornRebasin(model, spec=spec)
-        >>> found = rebasin.fit(objective, evaluate=objective)
-        >>> found.score, bool((rebasin.permutations()["hidden"] == planted["hidden"]).all())
-        (0.0, True)
+        >>> found = rebasin.fit(objective, evaluate=objective, steps=50)
+        >>> found.start_score > 0.0, found.score
+        (True, 0.0)
     """
 
     def __init__(
