@@ -129,10 +129,10 @@ def test_a_planted_permutation_is_found_by_the_distance(dtype: torch.dtype) -> N
     target = spec.apply(model.state_dict(), planted)
     rebasin = SinkhornRebasin(model, spec=spec)
     objective = L2Objective(target)
-    found = rebasin.fit(objective, evaluate=objective, steps=60)
+    found = rebasin.fit(objective, evaluate=objective, steps=30)
     assert found.score == 0.0 < found.start_score
     assert found.losses[-1] < found.losses[0]
-    assert 0 < found.step <= len(found.losses) == 60
+    assert 0 < found.step <= len(found.losses) == 30
     for group, permutation in rebasin.permutations().items():
         assert torch.equal(permutation, planted[group])
         assert torch.equal(permutation, found.permutations[group])
@@ -207,6 +207,8 @@ def test_failed_groups_are_told_apart() -> None:
     permuted = rebasin()
     assert permuted["0.weight"].isfinite().all()
     assert permuted["2.weight"].isnan().all()
+    with pytest.raises(NotConvergedError):
+        rebasin.permutations()
     rebasin.on_failure = "raise"
     with pytest.raises(NotConvergedError):
         rebasin()
@@ -302,6 +304,27 @@ def test_a_relaxed_network_computes_and_learns() -> None:
     # Adding a constant to a row or column of scores changes nothing.
     torch.testing.assert_close(slope.sum(-1), torch.zeros(2, 5, dtype=torch.float64), rtol=0, atol=1e-9)
     torch.testing.assert_close(slope.sum(-2), torch.zeros(2, 5, dtype=torch.float64), rtol=0, atol=1e-9)
+
+
+def test_symmetries_are_found_from_an_example() -> None:
+    torch.manual_seed(0)
+    blocks = [nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Flatten()]
+    model = nn.Sequential(*blocks, nn.Linear(24, 3)).double()
+    x = torch.randn(8, 1, 6, 6, dtype=torch.float64, generator=generator(13))
+    model(x)  # running statistics of its own
+    model.eval()
+    spec = PermutationSpec.from_module(model, x)
+    rebasin = SinkhornRebasin(model, x, init=spec.random(generator=generator(14)))
+    assert list(rebasin.scores) == ["4", "6"]
+    hard = rebasin.harden()
+    assert not torch.equal(hard["0.weight"], model[0].weight)
+    assert not torch.equal(hard["1.running_mean"], model[1].running_mean)
+    torch.testing.assert_close(functional_call(model, hard, (x,)), model(x))
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    objective = MidpointObjective(model, before, lambda network, x: network(x).square().mean())
+    slopes = torch.autograd.grad(objective(rebasin(), x), list(rebasin.scores.values()))
+    assert all(slope.any() for slope in slopes)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
 def test_what_does_not_fit_is_refused() -> None:
