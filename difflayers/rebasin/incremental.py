@@ -49,7 +49,8 @@ class IncrementalResult(NamedTuple):
         endpoint: the network of the new task alone.
         permutations: group → int64 ``(n,)``, which bring the old network to ``endpoint``. What else is stored in the order of its
             units must be renamed alike.
-        losses: the objective at each step.
+        losses: the objective at each step; without the loss of the new network itself where permutations are trained, which do not
+            change it.
     """
 
     params: dict[str, Tensor]
