@@ -18,7 +18,8 @@ tensor([[ 0.5000, -0.5000,  0.0000]])
 ``difflayers.convex``    quadratic programs: :class:`QPLayer`, ``solve_qp``; conic programs: ``solve_cone``; problems
                          written in CVXPY: :class:`CvxpyLayer`; ``projections`` on convex sets: :class:`Projection`
 ``difflayers.sorting``   sorting, ranking and top-k that gradients pass through: :class:`SortingNetwork`
-``difflayers.transport`` optimal transport plans at any temperature: :class:`SinkhornLayer`, ``sinkhorn``
+``difflayers.transport`` optimal transport plans at any temperature: :class:`SinkhornLayer`, ``sinkhorn``; sparse ones:
+                         :class:`SparseTransportLayer`, ``sparse_transport``
 ``difflayers.rebasin``   trained networks brought together modulo permutations of hidden units: :class:`SinkhornRebasin`
 ``difflayers.implicit``  the core: ``implicit_root``, ``implicit_fixed_point``, ``custom_root``,
                          ``linear_solve``, ``conditions``
@@ -40,7 +41,7 @@ if TYPE_CHECKING:
     from .convex import CvxpyLayer, Projection, QPLayer
     from .rebasin import SinkhornRebasin
     from .sorting import SortingNetwork
-    from .transport import SinkhornLayer
+    from .transport import SinkhornLayer, SparseTransportLayer
 
 __version__ = "0.1.0"
 
@@ -52,6 +53,7 @@ __all__ = [
     "SinkhornRebasin",
     "Solution",
     "SortingNetwork",
+    "SparseTransportLayer",
     "Status",
     "__version__",
     "convex",
@@ -71,6 +73,7 @@ _FAMILY = {
     "SinkhornLayer": "transport",
     "SinkhornRebasin": "rebasin",
     "SortingNetwork": "sorting",
+    "SparseTransportLayer": "transport",
 }
 
 

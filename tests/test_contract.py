@@ -13,9 +13,11 @@ from tests.layers_ranking import RANKING
 from tests.layers_rebasin import REBASIN
 from tests.layers_soft_sort import SOFT_SORT
 from tests.layers_sorting import SORTING
+from tests.layers_sparse_transport import SPARSE_TRANSPORT
 from tests.layers_transport import TRANSPORT
+from tests.layers_unbalanced import UNBALANCED
 
-LAYERS = (*layers.LAYERS, *CONES, *PROJECTIONS, *SORTING, *SOFT_SORT, *RANKING, *TRANSPORT, *REBASIN)
+LAYERS = (*layers.LAYERS, *CONES, *PROJECTIONS, *SORTING, *SOFT_SORT, *RANKING, *TRANSPORT, *SPARSE_TRANSPORT, *UNBALANCED, *REBASIN)
 
 # The slow suite adds what takes long, and, for layers that are slow themselves, the nests that the others are tried on.
 SLOW = {"compile", "gradcheck_of_every_entry", "gradgradcheck_of_every_entry"}

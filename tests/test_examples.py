@@ -33,6 +33,8 @@ LINES = {
     ],
     "relaxations": ["optimal largest error 0.0625 / s, least slope {}", "logistic from -3.0 to {} in 20 steps"],
     "sorting_supervision": ["logistic, odd_even 20 {} {} {}", "cauchy, odd_even 20 {} {} {}", "NeuralSort {} {} {} {}", "ranks 1 {} {} {}"],
+    "colour_transfer": ["histograms {} {} {}", "plan, ε = 0.001 {} {} {}", "learned, λ = 10 {} {} {}"],
+    "transport_map": ["plain, λ = 0 {} ± {} {} ± {} {} ± {} {} ± {}", "plain, λ = 1 {} ± {} {} ± {} {} ± {} {} ± {}"],
     "align_networks": [
         "perceptron, pair 0: {} % and {} % of 500 digits right",
         "weight matching {} {}",
@@ -48,7 +50,15 @@ LINES = {
     ],
     "jacobian_descent": ["average {} {} {} × {} × {} {} {} %", "UPGrad {} {} {} × {} × {} {} {} %"],
 }
-SEEDED = ("continual_learning", "quickstart", "decision_focused", "learning_to_rank", "mpc_learned_cost", "topk_classification")
+SEEDED = (
+    "continual_learning",
+    "quickstart",
+    "decision_focused",
+    "learning_to_rank",
+    "mpc_learned_cost",
+    "topk_classification",
+    "transport_map",
+)
 OPTIONS = {name: ["--seeds", "1"] for name in SEEDED}
 
 

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..errors import ShapeError
+from .running import inputs, kept_modes
 
 __all__ = ["LossCurve", "barrier", "interpolate", "loss_curve", "repair_batchnorm"]
 
@@ -164,19 +165,16 @@ def repair_batchnorm(model: nn.Module, loader: Iterable[Any]) -> None:
     if not norms:
         raise ValueError("the model has no BatchNorm layer with running statistics: there is nothing to repair, leave `repair` out")
     before = [{name: tensor.clone() for name, tensor in norm.state_dict().items()} for norm in norms]
-    modes, momenta = _modes(model), [norm.momentum for norm in norms]
+    momenta = [norm.momentum for norm in norms]
     try:
-        model.eval()
-        for norm in norms:
-            norm.reset_running_stats()
-            norm.momentum = None  # which means the average over all calls
-            norm.train()
-        batches = 0
-        with torch.no_grad():
-            for batches, batch in enumerate(loader, 1):  # noqa: B007
-                model(batch[0] if isinstance(batch, tuple | list) else batch)
-        if not batches:
-            raise ValueError("the loader gave no batch; an iterator can be read but once, pass a list or a DataLoader")
+        with kept_modes(model), torch.no_grad():
+            model.eval()
+            for norm in norms:
+                norm.reset_running_stats()
+                norm.momentum = None  # which means the average over all calls
+                norm.train()
+            for batch in inputs(loader):
+                model(batch)
     except BaseException:
         for norm, statistics in zip(norms, before, strict=True):
             norm.load_state_dict(statistics)
@@ -184,27 +182,16 @@ def repair_batchnorm(model: nn.Module, loader: Iterable[Any]) -> None:
     finally:
         for norm, momentum in zip(norms, momenta, strict=True):
             norm.momentum = momentum
-        _set_modes(modes)
 
 
 @contextmanager
 def _restored(model: nn.Module) -> Generator[None]:
     kept = {name: tensor.clone() for name, tensor in model.state_dict().items() if isinstance(tensor, Tensor)}
-    modes = _modes(model)
     try:
-        yield
+        with kept_modes(model):
+            yield
     finally:
         _load(model, kept)
-        _set_modes(modes)
-
-
-def _modes(model: nn.Module) -> dict[nn.Module, bool]:
-    return {module: module.training for module in model.modules()}
-
-
-def _set_modes(modes: Mapping[nn.Module, bool]) -> None:
-    for module, training in modes.items():
-        module.training = training
 
 
 def _load(model: nn.Module, params: Mapping[str, Tensor]) -> None:

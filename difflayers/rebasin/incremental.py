@@ -33,7 +33,8 @@ from ..errors import NotConvergedError, ShapeError
 from .barrier import interpolate
 from .matching import weight_matching
 from .objectives import MidpointObjective, l2_distance
-from .sinkhorn_rebasin import SinkhornRebasin, _repeated
+from .running import repeated
+from .sinkhorn_rebasin import SinkhornRebasin
 from .spec import PermutationSpec
 
 __all__ = ["IncrementalResult", "incremental_rebasin"]
@@ -168,8 +169,8 @@ def incremental_rebasin(
 
     leaves = list({id(tensor): tensor for tensor in new.values() if tensor.requires_grad}.values())
     optimizer = torch.optim.Adam(leaves, lr=learning_rate)
-    stream = _repeated(batches)
-    next(_repeated(batches))  # says so if there is none
+    stream = repeated(batches)
+    next(repeated(batches))  # says so if there is none
     for _ in range(rounds):
         if permutation_steps and (line_weight or proximity) and spec.sizes:
             rebasin = SinkhornRebasin(model, spec=spec, epsilon=epsilon, init=permutations)

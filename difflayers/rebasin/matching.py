@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -74,12 +74,14 @@ def weight_matching(
         >>> all(torch.equal(back[name], weight) for name, weight in model.state_dict().items())
         True
     """
-    a, b = _comparable(spec, params_a, params_b)
-    places = {group: [at for at in spec.occurrences(group) if at.name in a] for group in spec.sizes}
-    places = {group: at for group, at in places.items() if at}
+    for group, value in (init or {}).items():
+        if value.is_floating_point():
+            raise ShapeError(f"init must be hard permutations, int64 (n,); {group!r} is {value.dtype} {tuple(value.shape)}")
+    a, b = comparable(spec, params_a, params_b)
+    places = touching(spec, a)
     highest, best = -math.inf, spec.identity()
     for start in [outward(spec, a, b, places), {}] if init is None else [init]:
-        end = _ascend(spec, a, b, places, start, max_iter, generator)
+        end = ascend(spec, a, b, places, start, max_iter, generator)
         value = _inner(a, spec.apply(b, end))
         if value > highest:
             highest, best = value, end
@@ -88,14 +90,15 @@ def weight_matching(
     return best
 
 
-def _comparable(
+def comparable(
     spec: PermutationSpec, params_a: Mapping[str, Tensor], params_b: Mapping[str, Tensor]
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The weights of both that count."""
+    """The weights of both that count, on the device of a, and no less than float32."""
     if params_a.keys() != params_b.keys():
         differing = sorted(params_a.keys() ^ params_b.keys())
         raise ShapeError(f"the two networks must have the same names; only one of them has {', '.join(differing)}")
     names = [name for name, tensor in params_a.items() if tensor.is_floating_point() and name.rpartition(".")[2] not in _STATISTICS]
+    names = [name for name in names if spec.tied.get(name) not in params_a]
     # Sums in half precision would be noise.
     a = {name: params_a[name].detach().to(torch.promote_types(params_a[name].dtype, torch.float32)) for name in names}
     b = {name: params_b[name].detach().to(tensor) for name, tensor in a.items()}
@@ -106,7 +109,13 @@ def _comparable(
     return a, b
 
 
-def _ascend(
+def touching(spec: PermutationSpec, names: Collection[str]) -> dict[str, list[Occurrence]]:
+    """Group → where it touches these weights; groups that do not are left out."""
+    places = {group: [at for at in spec.occurrences(group) if at.name in names] for group in spec.sizes}
+    return {group: at for group, at in places.items() if at}
+
+
+def ascend(
     spec: PermutationSpec,
     a: Mapping[str, Tensor],
     b: Mapping[str, Tensor],
@@ -115,8 +124,8 @@ def _ascend(
     max_iter: int,
     generator: torch.Generator | None,
 ) -> dict[str, Tensor]:
-    """Coordinate ascent from ``start`` until no group can raise the inner product."""
-    found = {**spec.identity(), **start}
+    """Coordinate ascent from ``start`` until none of the groups in ``places`` can raise the inner product."""
+    found = {**spec.identity(), **{group: value.cpu() for group, value in start.items()}}
     permuted = spec.apply(b, found)
     groups = list(places)
     touches = {group: {at.name for at in places[group]} for group in groups}
@@ -173,14 +182,17 @@ def _frank_wolfe(spec: PermutationSpec, group: str, a: Mapping[str, Tensor], b: 
         return torch.stack([(a[name].double() * tensor).sum() for name, tensor in spec.apply(b, {group: D}).items()]).sum()
 
     eye = torch.eye(spec.sizes[group], dtype=torch.float64, device=next(iter(b.values())).device)
-    D = eye
+    D = eye.clone()
     for _ in range(_FRANK_WOLFE_STEPS):
-        gradient, value = torch.func.grad_and_value(objective)(D)
+        with torch.enable_grad():
+            value = objective(D.requires_grad_())
+            (gradient,) = torch.autograd.grad(value, D)
+        D, value = D.detach(), float(value.detach())
         towards = eye[assign(gradient).to(eye.device)] - D
         slope = float((gradient * towards).sum())
         if slope <= tol:
             break
-        curvature = float(objective(D + towards) - value) - slope
+        curvature = float(objective(D + towards)) - value - slope
         D = D + (1.0 if 2 * curvature >= -slope else -slope / (2 * curvature)) * towards
     return assign(D)
 

@@ -8,6 +8,7 @@ bound of what any later choice can reach, and it is exact where one network is t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -17,11 +18,15 @@ from .assignment import assign, rows
 from .axes import Axis, Concatenation, Fixed, Group
 from .spec import Occurrence, PermutationSpec
 
-__all__ = ["outward"]
+__all__ = ["exchangeable", "outward"]
 
 
 def outward(
-    spec: PermutationSpec, a: Mapping[str, Tensor], b: Mapping[str, Tensor], places: Mapping[str, Sequence[Occurrence]]
+    spec: PermutationSpec,
+    a: Mapping[str, Tensor],
+    b: Mapping[str, Tensor],
+    places: Mapping[str, Sequence[Occurrence]],
+    known: Mapping[str, Tensor] | None = None,
 ) -> dict[str, Tensor]:
     """Permutations that bring b near a, each group visited once.
 
@@ -30,10 +35,11 @@ def outward(
         a: weights to be met.
         b: weights to be renamed, of the same names and shapes.
         places: group → where it touches them.
+        known: permutations that are settled, of groups that are not in ``places``.
     """
-    found: dict[str, Tensor] = {}
-    permuted = dict(b)
-    while len(found) < len(places):
+    found = dict(known or {})
+    permuted = dict(spec.apply(b, found))
+    for _ in places:
         group = max((group for group in places if group not in found), key=lambda group: _comparable(spec, places[group], found))
         products = (_signatures(spec, a, at, found) @ _signatures(spec, permuted, at, found).mT for at in places[group])
         found[group] = assign(sum(products, torch.zeros(())))
@@ -46,18 +52,18 @@ def _comparable(spec: PermutationSpec, places: Sequence[Occurrence], known: Mapp
     """How much of what a unit touches is told apart."""
     apart = total = 0
     for at in places:
-        labels, distinct = _labels_of_columns(spec, at, known)
-        apart, total = apart + distinct, total + len(labels)
+        labels = _labels(spec, at, known)
+        apart, total = apart + _sets(labels), total + math.prod(map(len, labels))
     return apart / total
 
 
 def _signatures(spec: PermutationSpec, params: Mapping[str, Tensor], at: Occurrence, known: Mapping[str, Tensor]) -> Tensor:
     """``(n, K)``: what each unit touches there, sorted among the entries that open choices may exchange."""
-    columns = rows(params, at)
-    labels, distinct = _labels_of_columns(spec, at, known)
-    if distinct == len(labels):
+    columns, labels = rows(params, at), _labels(spec, at, known)
+    if _sets(labels) == columns.shape[1]:
         return columns
-    order, counts = labels.argsort(), torch.bincount(labels)
+    label = _combined(labels)
+    order, counts = label.argsort(), torch.bincount(label)
     sizes = counts[counts > 0].repeat_interleave(counts[counts > 0])  # of the set that each column in `order` is from
     parts = []
     for size in sizes.unique().tolist():
@@ -66,31 +72,33 @@ def _signatures(spec: PermutationSpec, params: Mapping[str, Tensor], at: Occurre
     return torch.cat(parts, 1)
 
 
-def _labels_of_columns(spec: PermutationSpec, at: Occurrence, known: Mapping[str, Tensor]) -> tuple[Tensor, int]:
-    """For each entry that a unit touches there the number of its set, and how many sets there are."""
+def _labels(spec: PermutationSpec, at: Occurrence, known: Mapping[str, Tensor]) -> list[Tensor]:
+    """For the entries that a unit touches there, dimension by dimension, the number of their set."""
     axes = spec.axes[at.name]
-    own = _labels(axes[at.dim], known)[at.positions[0]].unique(return_inverse=True)[1]
-    labels = [own, *(_labels(axis, known) for dim, axis in enumerate(axes) if dim != at.dim)]
-    return _product(labels)
+    own = exchangeable(axes[at.dim], known)[at.positions[0]].unique(return_inverse=True)[1]
+    return [own, *(exchangeable(axis, known) for dim, axis in enumerate(axes) if dim != at.dim)]
 
 
-def _product(labels: Sequence[Tensor]) -> tuple[Tensor, int]:
-    total, count = labels[0], int(labels[0].max()) + 1
+def _sets(labels: Sequence[Tensor]) -> int:
+    return math.prod(int(part.max()) + 1 for part in labels)
+
+
+def _combined(labels: Sequence[Tensor]) -> Tensor:
+    total = labels[0]
     for part in labels[1:]:
-        size = int(part.max()) + 1
-        total, count = (total.unsqueeze(-1) * size + part).flatten(), count * size
-    return total, count
+        total = (total.unsqueeze(-1) * (int(part.max()) + 1) + part).flatten()
+    return total
 
 
-def _labels(axis: Axis, known: Mapping[str, Tensor]) -> Tensor:
+def exchangeable(axis: Axis, known: Mapping[str, Tensor]) -> Tensor:
     """int64 ``(axis.size,)``: entries with the same number may be exchanged by groups that are not known."""
     if isinstance(axis, Fixed) or (isinstance(axis, Group) and axis.name in known):
         return torch.arange(axis.size)
     if isinstance(axis, Group):
         return torch.zeros(axis.size, dtype=torch.int64)
-    parts = [_labels(part, known) for part in axis.parts]
+    parts = [exchangeable(part, known) for part in axis.parts]
     if not isinstance(axis, Concatenation):
-        return _product(parts)[0]
+        return _combined(parts)
     shifted, offset = [], 0
     for part in parts:
         shifted.append(part + offset)

@@ -14,8 +14,7 @@ Reference: Peña et al., Re-basin via implicit Sinkhorn differentiation, CVPR 20
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -25,6 +24,7 @@ from ..errors import ShapeError, SolveError
 from ..solution import OnFailure
 from ..transport import sinkhorn
 from .assignment import assign
+from .running import number, repeated
 from .spec import PermutationSpec
 
 __all__ = ["FitResult", "RelaxedPermutations", "SinkhornRebasin"]
@@ -199,10 +199,10 @@ class SinkhornRebasin(nn.Module):
             NotConvergedError: scores are not finite any more (with ``on_failure="raise"``). The best ones met are in place.
         """
         optimizer = torch.optim.Adam(self.scores.parameters(), lr=learning_rate)
-        stream = _repeated(batches)
+        stream = repeated(batches)
         losses: list[float] = []
         last = self.permutations()
-        start = score = _number(evaluate(self.harden()))
+        start = score = number(evaluate(self.harden()))
         best, best_step, kept = last, 0, self._snapshot()
         try:
             for step in range(1, steps + 1):
@@ -214,7 +214,7 @@ class SinkhornRebasin(nn.Module):
                 if step % every == 0 or step == steps:
                     now = self.permutations()
                     if any(not torch.equal(now[group], last[group]) for group in now):
-                        last, found = now, _number(evaluate(self.harden()))
+                        last, found = now, number(evaluate(self.harden()))
                         if found < score:
                             score, best, best_step, kept = found, now, step, self._snapshot()
                 if callback is not None:
@@ -262,17 +262,3 @@ class SinkhornRebasin(nn.Module):
 def _attribute(name: str) -> str:
     # A module refuses names with dots.
     return name.replace(".", "/")
-
-
-def _number(value: float | Tensor) -> float:
-    """A NaN is worse than anything."""
-    return math.inf if math.isnan(float(value)) else float(value)
-
-
-def _repeated(batches: Iterable[Any] | None) -> Iterator[tuple[Any, ...]]:
-    while True:
-        batch = None
-        for batch in [()] if batches is None else batches:
-            yield tuple(batch) if isinstance(batch, tuple | list) else (batch,)
-        if batch is None:
-            raise ValueError("batches gave nothing; an iterator can be read only once, pass a list or a DataLoader")

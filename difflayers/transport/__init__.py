@@ -2,5 +2,15 @@
 
 from .divergence import DivergenceSolution, monge_gap, sinkhorn_divergence
 from .sinkhorn import SinkhornLayer, TransportSolution, sinkhorn
+from .sparse import SparseTransportLayer, sparse_transport
 
-__all__ = ["DivergenceSolution", "SinkhornLayer", "TransportSolution", "monge_gap", "sinkhorn", "sinkhorn_divergence"]
+__all__ = [
+    "DivergenceSolution",
+    "SinkhornLayer",
+    "SparseTransportLayer",
+    "TransportSolution",
+    "monge_gap",
+    "sinkhorn",
+    "sinkhorn_divergence",
+    "sparse_transport",
+]

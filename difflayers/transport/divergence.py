@@ -7,18 +7,20 @@ With the entropic cost :math:`W_ε(x, y) = \min_P ⟨P, C⟩ + ε \sum P \log P`
    M_ε(x, T) = \frac1n \sum_i c(x_i, T x_i) - W_ε(x, T x) - ε \log n \ge 0 .
 
 The entropies of the marginals cancel in S, so that it is the divergence that others define by the relative entropy of P to the product of
-the marginals. M is the excess of the map's cost over the cheapest way to send x to T x, and goes to zero with ε if T is
+the marginals. Where the marginals may be missed at a price they do not, and W is made with that relative entropy itself: ε (log a ⊕ log
+b) is taken off the cost. M is the excess of the map's cost over the cheapest way to send x to T x, and goes to zero with ε if T is
 optimal. Gradients need no linear system (the envelope theorem); they flow through both arguments of every cost.
 
 References: Feydy et al., Interpolating between optimal transport and MMD using Sinkhorn divergences, AISTATS 2019, arXiv:1810.08278;
-Uscidda and Cuturi, The Monge gap, ICML 2023, arXiv:2302.04953.
+Séjourné, Feydy, Vialard, Trouvé and Peyré, Sinkhorn divergences for unbalanced optimal transport, 2019, arXiv:1910.12958; Uscidda and
+Cuturi, The Monge gap, ICML 2023, arXiv:2302.04953.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,6 +28,7 @@ from torch import Tensor
 from ..errors import ShapeError
 from ..solution import OnFailure, Status
 from .sinkhorn import TransportSolution, sinkhorn
+from .unbalanced import Penalty
 
 __all__ = ["DivergenceSolution", "monge_gap", "sinkhorn_divergence"]
 
@@ -56,6 +59,7 @@ def sinkhorn_divergence(
     *,
     epsilon: float | Tensor,
     cost: Cost | None = None,
+    marginal_penalty: Penalty = None,
     tol: float | None = None,
     max_iter: int | None = None,
     on_failure: OnFailure = "raise",
@@ -68,9 +72,11 @@ def sinkhorn_divergence(
         x: ``(*batch, n, d)``.
         y: ``(*batch, m, d)``.
         a: ``(*batch, n)``, weights of x. None: 1/n each.
-        b: ``(*batch, m)``, weights of y, with the sum of a. None: 1/m each.
+        b: ``(*batch, m)``, weights of y, with the sum of a unless there is a ``marginal_penalty``. None: 1/m each.
         epsilon: the temperature, in units of the cost.
         cost: ``(x, y) -> (*batch, n, m)``, symmetric; None: squared Euclidean distances.
+        marginal_penalty: as in :func:`~difflayers.transport.sinkhorn`, the same for both clouds: mass may also appear and vanish, at
+            this price. Points that are alone then do not pull at everything else.
         tol: as in :func:`~difflayers.transport.sinkhorn`.
         max_iter: as in :func:`~difflayers.transport.sinkhorn`.
         on_failure: as in :func:`~difflayers.transport.sinkhorn`.
@@ -92,7 +98,12 @@ def sinkhorn_divergence(
     _check_clouds(x, y)
     cost = _guarded(cost)
     sides = [(x, y, a, b, 1.0), (x, x, a, a, -0.5), (y, y, b, b, -0.5)]
-    found = [sinkhorn(cost(p, q), c, d, epsilon=epsilon, tol=tol, max_iter=max_iter, on_failure=on_failure) for p, q, c, d, _ in sides]
+    options: dict[str, Any] = {"epsilon": epsilon, "tol": tol, "max_iter": max_iter, "on_failure": on_failure}
+    if marginal_penalty is None:
+        found = [sinkhorn(_costs(cost, p, q), c, d, **options) for p, q, c, d, _ in sides]
+    else:
+        options["marginal_penalty"] = marginal_penalty
+        found = [sinkhorn(_relative(_costs(cost, p, q), c, d, epsilon), c, d, **options) for p, q, c, d, _ in sides]
     value = sum((weight * part.dual_value for part, (*_, weight) in zip(found, sides, strict=True)), torch.zeros_like(found[0].value))
     return _together(value, found, on_failure)
 
@@ -144,6 +155,21 @@ def monge_gap(
     temperature = epsilon.to(costs.dtype) if isinstance(epsilon, Tensor) else epsilon
     entropy = temperature * math.log(x.shape[-2])
     return _together(costs.diagonal(dim1=-2, dim2=-1).mean(-1) - found.dual_value - entropy, [found], on_failure)
+
+
+def _costs(cost: Cost, p: Tensor, q: Tensor) -> Tensor:
+    """The costs; those of a cloud with itself are symmetric to the last digit, which makes them easier to solve with."""
+    costs = cost(p, q)
+    return (costs + costs.mT) / 2 if p is q else costs
+
+
+def _relative(cost: Tensor, a: Tensor | None, b: Tensor | None, epsilon: float | Tensor) -> Tensor:
+    """cost − ε (log a ⊕ log b), whose entropy is relative to the product of the marginals."""
+    n, m = cost.shape[-2:]
+    a, b = (cost.new_full((size,), 1 / size) if part is None else part for part, size in ((a, n), (b, m)))
+    left, right = (torch.where(part > 0, part, 1).log() for part in (a, b))
+    temperature = epsilon.to(cost.dtype)[..., None, None] if isinstance(epsilon, Tensor) else epsilon
+    return cost - temperature * (left.unsqueeze(-1) + right.unsqueeze(-2))
 
 
 def _guarded(cost: Cost | None) -> Cost:

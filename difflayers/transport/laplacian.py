@@ -6,9 +6,10 @@ For a plan P with row sums r and column sums c, eliminating the rows leaves
 
 the Laplacian of a graph on the columns: its off-diagonal entries are sums of nonnegative numbers and its rows sum to zero, so that the
 diagonal is computed as the sum of the others, without cancellation. Constants are its null vectors, and one node is grounded. At small ε
-the plan falls apart into groups of rows and columns that exchange less mass than rounding. The Laplacian then has more null vectors, up to
-rounding; a tiny shift of the diagonal keeps the factorization alive, and each solution is refined with the residual of the
-Laplacian itself, which is reported.
+the plan falls apart into groups of rows and columns that exchange less mass than rounding. The Laplacian then has more null vectors, up
+to rounding; a tiny shift of the diagonal keeps the factorization alive, and each solution is refined with the residual of the Laplacian
+itself, which is reported. Where marginals may be missed, what that adds to the diagonal makes the matrix nonsingular, and no node is
+grounded.
 
 References: Cuturi, Teboul and Vert, Differentiable ranking and sorting using optimal transport, NeurIPS 2019, arXiv:1905.11885; Eisenberger
 et al., A unified framework for implicit Sinkhorn differentiation, CVPR 2022, arXiv:2205.06688.
@@ -28,19 +29,24 @@ _REFINEMENTS = 2
 
 
 class Laplacian:
-    """S = diag(QᵀQ 1) − QᵀQ, for Q = diag(r)^(−1/2) P of shape ``(N, n, m)``, with the Cholesky factor of S + diag(shift).
+    """S = diag(QᵀQ 1 + excess) − QᵀQ, for Q = diag(r)^(−1/2) P of shape ``(N, n, m)``, with the Cholesky factor of S + diag(shift).
 
     Args:
         Q: entries are nonnegative.
         shift: ``(N, m)``, nonnegative, positive where a column may be zero.
+        excess: ``(N, m)``, nonnegative, part of S; None: zero, so that one node is grounded.
     """
 
-    def __init__(self, Q: Tensor, shift: Tensor) -> None:
+    def __init__(self, Q: Tensor, shift: Tensor, excess: Tensor | None = None) -> None:
         self.weights = Q.mT @ Q
         self.weights.diagonal(dim1=-2, dim2=-1).zero_()
         self.degree = self.weights.sum(-1)
-        ground = self.degree.argmax(-1, keepdim=True)
-        diagonal = self.degree.scatter_add(-1, ground, self.degree.gather(-1, ground)) + shift
+        if excess is None:
+            ground = self.degree.argmax(-1, keepdim=True)
+            diagonal = self.degree.scatter_add(-1, ground, self.degree.gather(-1, ground)) + shift
+        else:
+            self.degree = self.degree + excess
+            diagonal = self.degree + shift
         self.factor, info = self._factorize(self.weights, diagonal, _SHIFTS[0])
         for relative in _SHIFTS[1:]:
             lost = (info != 0).nonzero().squeeze(-1)
@@ -54,13 +60,13 @@ class Laplacian:
         return torch.linalg.cholesky_ex(matrix)
 
     def solve(self, rhs: Tensor) -> Tensor:
-        """(S + diag(shift))⁻¹ rhs for columns ``(N, m, k)``, each of which sums to zero."""
+        """(S + diag(shift))⁻¹ rhs for columns ``(N, m, k)``, each of which sums to zero if there is no excess."""
         # Two triangular solves cost less than cholesky_solve.
         half = torch.linalg.solve_triangular(self.factor, rhs, upper=False)
         return torch.linalg.solve_triangular(self.factor.mT, half, upper=True)
 
     def refined(self, rhs: Tensor) -> tuple[Tensor, Tensor]:
-        """S⁻ rhs for columns ``(N, m, k)`` that sum to zero, and the 1-norm of the residual ``(N, k)``."""
+        """S⁻ rhs for such columns, and the 1-norm of the residual ``(N, k)``."""
         solution = self.solve(rhs)
         residual = rhs - self._times(solution)
         size = residual.abs().sum(-2, keepdim=True)

@@ -5,7 +5,8 @@ r"""Entropic optimal transport as a layer: batched, differentiable to any order 
 The solution is :math:`P = e^{(f ⊕ g - C)/ε}` with potentials f and g that meet the marginals. They are found by Sinkhorn's sweeps
 (:mod:`~difflayers.transport.sweeps`), or, where those are slow, by Newton's method (:mod:`~difflayers.transport.newton`). The core
 differentiates the marginal equations (:mod:`~difflayers.transport.marginals`): one Cholesky factorization of the size of the shorter side,
-whatever the iterations were.
+whatever the iterations were. With ``marginal_penalty`` the marginals may be missed, at the price of a relative entropy
+(:mod:`~difflayers.transport.unbalanced`).
 
 References: Cuturi, Sinkhorn distances, NeurIPS 2013, arXiv:1306.0895; Peyré and Cuturi, Computational optimal transport, 2019,
 arXiv:1803.00567; Eisenberger et al., A unified framework for implicit Sinkhorn differentiation, CVPR 2022, arXiv:2205.06688.
@@ -13,7 +14,7 @@ arXiv:1803.00567; Eisenberger et al., A unified framework for implicit Sinkhorn 
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
@@ -22,19 +23,20 @@ from ..errors import ShapeError
 from ..implicit.closure import visible_to_modes
 from ..implicit.eager import eager
 from ..implicit.function import ImplicitFunction
-from ..solution import OnFailure, Status
+from ..solution import OnFailure
+from .arguments import BALANCED, cleaned, filled_where_lost, validate
 from .marginals import DualValue, Marginals, Options, plan_of
 from .potentials import Method
+from .unbalanced import Penalty, PricedDualValue, PricedMarginals, prices_of
 from .unrolled import unrolled_potentials
 
 __all__ = ["SinkhornLayer", "TransportSolution", "sinkhorn"]
 
-# Relative differences of the masses of a and b that count as rounding.
-_BALANCED = {torch.float64: 1e-9, torch.float32: 1e-5}
-
 
 class TransportSolution(NamedTuple):
     """What :func:`sinkhorn` returns; plan, f, g, value and dual_value are differentiable.
+
+    :func:`~difflayers.transport.sparse_transport` returns it, too, and says there what differs.
 
     Attributes:
         plan: ``(*batch, n, m)``, exp((f ⊕ g − cost)/ε).
@@ -43,9 +45,11 @@ class TransportSolution(NamedTuple):
         g: ``(*batch, m)``, potentials of the columns; −inf where b is zero.
         value: ``(*batch,)``, ⟨plan, cost⟩, the cost of the plan without the entropy.
         dual_value: ``(*batch,)``, ⟨a, f⟩ + ⟨b, g⟩ = value + ε Σ plan log plan. Its gradient takes no linear system: in the cost it
-            is the plan, in a and b it is f and g up to a constant.
+            is the plan, in a and b it is f and g up to a constant. With ``marginal_penalty``: the optimal objective plus
+            ε (Σ a + Σ b)/2, which tends to the former as the penalties grow.
         status: ``(*batch,)`` codes of :class:`~difflayers.Status`.
-        marginal_error: ``(*batch,)``, the larger of ‖plan 1 − a‖₁ and ‖planᵀ 1 − b‖₁.
+        marginal_error: ``(*batch,)``, the larger of ‖plan 1 − a‖₁ and ‖planᵀ 1 − b‖₁. With ``marginal_penalty`` it is the residual of the
+            optimality equations, in which a exp(−f/ρ) takes the place of a, and b exp(−g/ρ) that of b.
         iterations: ``(*batch,)`` int64, sweeps and Newton steps.
     """
 
@@ -66,6 +70,7 @@ def sinkhorn(
     b: Tensor | None = None,
     *,
     epsilon: float | Tensor = 0.1,
+    marginal_penalty: Penalty | tuple[Penalty, Penalty] = None,
     method: Method = "auto",
     backward: Literal["implicit", "unroll"] = "implicit",
     tol: float | None = None,
@@ -77,6 +82,9 @@ def sinkhorn(
     Leading batch dimensions broadcast. An argument without them is shared by the batch; its gradient is the sum. Everything is computed
     in float64; float32 arguments give float32 results.
 
+    With ``marginal_penalty`` ρ the constraints become terms ρ KL(P 1 | a) + ρ KL(Pᵀ 1 | b) of the objective, KL(p | a) = Σ p log(p/a) − p
+    + a: mass that is too far from everything is given up, and the masses of a and b may differ (unbalanced transport).
+
     An entry of a or b that is zero gives a row or column of zeros and has the potential −inf; it receives the gradient zero.
 
     Args:
@@ -85,10 +93,14 @@ def sinkhorn(
         b: ``(*batch, m)``, masses of the columns, with the sum of a. None: 1/m each.
         epsilon: the temperature, a positive number in units of the cost or a tensor ``(*batch,)``, which is differentiated too. Small
             values give plans near the unregularized ones, sharp and sparse.
-        method: "sinkhorn", "newton", or "auto": sweeps, and Newton's method where they converge slowly.
+        marginal_penalty: ρ, what missing the marginals costs (``reg_m`` of other packages, or the ``reach`` to the power of the cost), in
+            units of the cost: a positive number, or a tensor ``(*batch,)`` of finite ones, which is differentiated too; or a pair for the
+            rows and the columns. None or infinity: they are met; one of a pair: only the other side is relaxed.
+        method: "sinkhorn", "newton", "sparse_newton" (steps by conjugate gradients on the large entries, for large plans whose marginals
+            are met), or "auto": sweeps, and where they converge slowly Newton's method, the sparse one if the plan is large.
         backward: "implicit", or "unroll", which lets autograd follow plain sweeps: slow and inexact, to compare with.
-        tol: marginal error of a solved element, relative to the mass. None: 1e-10 (float64), 1e-6 (float32). Where ε is so small
-            that rounding alone costs more, the rounding counts.
+        tol: marginal error of a solved element, relative to the mass of the plan. None: 1e-10 (float64), 1e-6 (float32). Where ε is so
+            small that rounding alone costs more, the rounding counts.
         max_iter: most sweeps, and most Newton steps. None: 10000 and 200.
         on_failure: ``"raise"``, ``"nan"`` (failed elements are NaN and have zero gradient) or ``"warn"`` (best iterate; where the masses
             differ, the plan for b scaled to the mass of a).
@@ -98,7 +110,7 @@ def sinkhorn(
 
     Raises:
         ShapeError: shapes, dtypes or devices do not fit together.
-        InfeasibleError: a marginal is negative, or the masses differ (``on_failure="raise"``).
+        InfeasibleError: a marginal is negative, or the masses differ though none may be missed (``on_failure="raise"``).
         NotConvergedError: the marginals are not met, or an argument is not finite (``on_failure="raise"``).
 
     Example:
@@ -113,40 +125,44 @@ def sinkhorn(
         tensor([[0.4404, 0.0596],
                 [0.0596, 0.4404]])
     """
-    if method not in ("auto", "sinkhorn", "newton"):
-        raise ValueError(f"method={method!r} is not known; choose 'auto', 'sinkhorn' or 'newton'")
+    if method not in get_args(Method):
+        raise ValueError(f"method={method!r} is not known; choose one of {', '.join(map(repr, get_args(Method)))}")
     if backward not in ("implicit", "unroll"):
         raise ValueError(f"backward={backward!r} is not known; choose 'implicit' or 'unroll'")
     if max_iter is not None and max_iter < 1:
         raise ValueError(f"max_iter must be at least 1, got {max_iter}")
-    batch, given = _validate(cost, a, b, epsilon)
+    batch, given = validate(cost, a, b, epsilon)
+    prices = prices_of(marginal_penalty, cost) or ()
+    if prices:
+        if backward == "unroll" or method == "sparse_newton":
+            raise ValueError("backward='unroll' and method='sparse_newton' know no marginal_penalty; use the defaults")
+        try:
+            batch = tuple(torch.broadcast_shapes(batch, *(price.shape for price in prices)))
+        except RuntimeError as error:
+            shapes = ", ".join(str(tuple(price.shape)) for price in prices)
+            raise ShapeError(f"the batch dimensions {shapes} of marginal_penalty do not broadcast with {batch}") from error
     dtype = cost.dtype
     tol = (1e-10 if dtype == torch.float64 else 1e-6) if tol is None else tol
-    options = Options(method, tol, max_iter, on_failure, _BALANCED.get(dtype, 1e-2))
-    C, a, b, eps = (part.to(torch.float64) for part in given)
-    # A sum is finite if its terms are; asking each term takes longer.
-    usable = torch.isfinite(C.sum((-1, -2)) + a.sum(-1) + b.sum(-1) + eps) & (eps > 0)
-    # A NaN would come back as 0 · NaN in the gradients, and so would the logarithm of a zero marginal.
-    C, eps = torch.where(usable[..., None, None], C, 0), torch.where(usable, eps, 1)
-    a, b = (torch.where(usable.unsqueeze(-1), torch.where(part != 0, part, 0), 1 / part.shape[-1]) for part in (a, b))
+    options = Options(method, tol, max_iter, on_failure, BALANCED.get(dtype, 1e-2))
+    C, a, b, eps, *prices, usable = cleaned(given, prices)
     start = C.new_zeros(*batch, sum(C.shape[-2:]))
-    start, C, a, b, eps, usable = visible_to_modes([start, C, a, b, eps, usable])
+    start, C, a, b, eps, usable, *prices = visible_to_modes([start, C, a, b, eps, usable, *prices])
     if backward == "unroll":
         x, status, error, iterations = unrolled_potentials(C, a, b, eps, usable, start, options)
     else:
-        x, status, error, iterations = ImplicitFunction.apply(Marginals(len(batch), options), start.detach(), C, a, b, eps, usable)
+        equations = (PricedMarginals if prices else Marginals)(len(batch), options)
+        x, status, error, iterations = ImplicitFunction.apply(equations, start.detach(), C, a, b, eps, *prices, usable)
     plan = plan_of(x, C, a, b, eps)
     value = (plan * C).sum((-1, -2))
-    dual = ImplicitFunction.apply(DualValue(len(batch)), start.detach()[..., :1], C, a, b, eps, x)[0].squeeze(-1)
+    lagrangian = (PricedDualValue if prices else DualValue)(len(batch))
+    dual = ImplicitFunction.apply(lagrangian, start.detach()[..., :1], C, a, b, eps, *prices, x)[0].squeeze(-1)
     f, g = x.split(list(C.shape[-2:]), -1)
-    mass = a.sum(-1)
-    half = ((a * f).sum(-1) - (b * g).sum(-1)) / torch.where(mass > 0, 2 * mass, 1)
-    f = torch.where(a > 0, f - half.unsqueeze(-1), -torch.inf)
-    g = torch.where(b > 0, g + half.unsqueeze(-1), -torch.inf)
-    found = [plan, f, g, value, dual]
-    if on_failure != "raise":
-        lost = status != Status.SOLVED if on_failure == "nan" else status == Status.NUMERICAL_ERROR
-        found = [torch.where(lost.reshape((*lost.shape, *[1] * (part.dim() - lost.dim()))), torch.nan, part) for part in found]
+    if not prices:
+        mass = a.sum(-1)
+        half = (((a * f).sum(-1) - (b * g).sum(-1)) / torch.where(mass > 0, 2 * mass, 1)).unsqueeze(-1)
+        f, g = f - half, g + half
+    f, g = torch.where(a > 0, f, -torch.inf), torch.where(b > 0, g, -torch.inf)
+    found = filled_where_lost([plan, f, g, value, dual], status, on_failure)
     return TransportSolution(*(part.to(dtype) for part in found), status, error.to(dtype), iterations)
 
 
@@ -155,6 +171,7 @@ class SinkhornLayer(nn.Module):
 
     Args:
         epsilon: as in :func:`sinkhorn`; a tensor becomes a buffer, an ``nn.Parameter`` is learned.
+        marginal_penalty: as in :func:`sinkhorn`; tensors become buffers, ``nn.Parameter``s are learned.
         method: as in :func:`sinkhorn`.
         backward: as in :func:`sinkhorn`.
         tol: as in :func:`sinkhorn`.
@@ -174,6 +191,7 @@ class SinkhornLayer(nn.Module):
         self,
         epsilon: float | Tensor = 0.1,
         *,
+        marginal_penalty: Penalty | tuple[Penalty, Penalty] = None,
         method: Method = "auto",
         backward: Literal["implicit", "unroll"] = "implicit",
         tol: float | None = None,
@@ -182,10 +200,14 @@ class SinkhornLayer(nn.Module):
     ) -> None:
         super().__init__()
         self.epsilon: float | Tensor
-        if isinstance(epsilon, nn.Parameter) or not isinstance(epsilon, Tensor):
-            self.epsilon = epsilon
-        else:
-            self.register_buffer("epsilon", epsilon)
+        self.row_penalty: Penalty
+        self.column_penalty: Penalty
+        pair = marginal_penalty if isinstance(marginal_penalty, tuple) else (marginal_penalty, marginal_penalty)
+        for name, value in zip(("epsilon", "row_penalty", "column_penalty"), (epsilon, *pair), strict=True):
+            if isinstance(value, nn.Parameter) or not isinstance(value, Tensor):
+                setattr(self, name, value)
+            else:
+                self.register_buffer(name, value)
         self.method: Method = method
         self.backward_mode: Literal["implicit", "unroll"] = backward
         self.tol, self.max_iter = tol, max_iter
@@ -214,6 +236,7 @@ class SinkhornLayer(nn.Module):
             a,
             b,
             epsilon=self.epsilon,
+            marginal_penalty=(self.row_penalty, self.column_penalty),
             method=self.method,
             backward=self.backward_mode,
             tol=self.tol,
@@ -223,37 +246,12 @@ class SinkhornLayer(nn.Module):
 
     def extra_repr(self) -> str:
         """The temperature, the options that differ from their defaults, and ``on_failure``."""
-        epsilon = tuple(self.epsilon.shape) if isinstance(self.epsilon, Tensor) else self.epsilon
+        epsilon, *pair = (
+            tuple(part.shape) if isinstance(part, Tensor) else part for part in (self.epsilon, self.row_penalty, self.column_penalty)
+        )
         shown = [f"epsilon={epsilon}", f"on_failure={self.on_failure!r}"]
+        if pair != [None, None]:
+            shown.append(f"marginal_penalty={pair[0] if pair[0] == pair[1] else tuple(pair)}")
         options = {"method": self.method, "backward": self.backward_mode, "tol": self.tol, "max_iter": self.max_iter}
         shown += [f"{name}={value!r}" for name, value in options.items() if value not in (None, "auto", "implicit")]
         return ", ".join(shown)
-
-
-def _validate(
-    cost: Tensor, a: Tensor | None, b: Tensor | None, epsilon: float | Tensor
-) -> tuple[tuple[int, ...], tuple[Tensor, Tensor, Tensor, Tensor]]:
-    """The batch shape, and all the arguments as tensors."""
-    if not isinstance(cost, Tensor) or not cost.is_floating_point():
-        raise ShapeError(f"cost must be a floating tensor, got {cost.dtype if isinstance(cost, Tensor) else type(cost).__name__}")
-    if cost.dim() < 2 or 0 in cost.shape[-2:]:
-        raise ShapeError(f"cost must have the shape (*batch, n, m) with n, m ≥ 1, got {tuple(cost.shape)}")
-    n, m = cost.shape[-2:]
-    a = cost.new_full((n,), 1 / n) if a is None else a
-    b = cost.new_full((m,), 1 / m) if b is None else b
-    for name, value, size in (("a", a, n), ("b", b, m)):
-        if not isinstance(value, Tensor) or value.dtype != cost.dtype or value.device != cost.device:
-            came = f"{value.dtype} on {value.device}" if isinstance(value, Tensor) else type(value).__name__
-            raise ShapeError(f"{name} must be a tensor like the cost ({cost.dtype} on {cost.device}), got {came}; convert one of them")
-        if value.dim() < 1 or value.shape[-1] != size:
-            raise ShapeError(f"{name} must have the shape (*batch, {size}) for a cost (*batch, {n}, {m}), got {tuple(value.shape)}")
-    if not isinstance(epsilon, Tensor):
-        if not 0 < epsilon < float("inf"):
-            raise ValueError(f"epsilon must be positive, got {epsilon}; the unregularized problem is a linear program, see solve_qp")
-        epsilon = torch.full((), epsilon, dtype=torch.float64, device=cost.device)
-    try:
-        batch = torch.broadcast_shapes(cost.shape[:-2], a.shape[:-1], b.shape[:-1], epsilon.shape)
-    except RuntimeError as error:
-        shapes = ", ".join(str(tuple(part.shape)) for part in (cost, a, b, epsilon))
-        raise ShapeError(f"batch dimensions of cost, a, b and epsilon do not broadcast: {shapes}") from error
-    return tuple(batch), (cost, a, b, epsilon)

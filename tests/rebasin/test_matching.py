@@ -15,7 +15,9 @@ from difflayers.errors import ConvergenceWarning, ShapeError
 from difflayers.rebasin import PermutationSpec, weight_matching
 from difflayers.rebasin.assignment import assign
 from difflayers.rebasin.axes import Group, Product
-from tests.rebasin.weights import attention, closed, convolutional, mlp, network, residual, unet
+
+from .architectures import ARCHITECTURES
+from .weights import attention, closed, convolutional, mlp, network, residual, unet
 
 EVERY = [mlp, residual, closed, convolutional, attention, unet]
 
@@ -46,6 +48,21 @@ def test_a_planted_permutation_is_recovered(architecture, seed: int) -> None:
         assert torch.equal(found[group], permutation)
     for name, tensor in spec.apply(b, found).items():
         assert torch.equal(tensor, a[name])
+
+
+@pytest.mark.parametrize("name", sorted(ARCHITECTURES))
+def test_and_on_every_architecture(name: str) -> None:
+    torch.manual_seed(0)
+    architecture = ARCHITECTURES[name]
+    model, x = architecture.build().double(), architecture.example()
+    spec = PermutationSpec.from_module(model, x.double() if x.is_floating_point() else x)
+    a = model.state_dict()
+    for tensor in a.values():
+        if tensor.is_floating_point():
+            tensor.normal_()
+    b, back = planted(spec, a)
+    found = weight_matching(spec, a, b)
+    assert all(torch.equal(found[group], permutation) for group, permutation in back.items())
 
 
 @pytest.mark.parametrize("architecture", [mlp, residual, convolutional, attention, unet])
@@ -169,6 +186,8 @@ def test_failures() -> None:
         weight_matching(spec, a, {**a, "0.bias": a["0.bias"] * torch.nan})
     with pytest.raises(ShapeError, match="not a permutation"):
         weight_matching(spec, a, a, init={"h0": torch.zeros(16, dtype=torch.int64)})
+    with pytest.raises(ShapeError, match="init must be hard permutations"):
+        weight_matching(spec, a, a, init={"h0": torch.eye(16)})
     _, b = mlp(seed=1)
     with pytest.warns(ConvergenceWarning, match="raise max_iter"):
         weight_matching(spec, a, b, max_iter=1)
