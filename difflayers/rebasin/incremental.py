@@ -100,7 +100,7 @@ def incremental_rebasin(
             :func:`~difflayers.rebasin.weight_matching` if there is a ``start``, else the identity.
         merge: α, the share of the new network in what is kept, from 0 to 1. 1 / i for task i gives each task the same.
         point: λ, where on the line from the old network (0) to the new one (1) the loss is asked, or ``"random"``: anywhere, anew each
-            time.
+            time (which of the permutations met are best is judged at 0.5 then).
         line_weight: w. 0 leaves the line alone, and then the permutations as they are at the start unless ``proximity`` moves them.
         proximity: μ.
         rounds: how often the two blocks take turns.
