@@ -231,13 +231,14 @@ for name in AT_ONCE:
 # What permutations are for
 # -------------------------
 # A network that is trained on keeps the names of its units: weight matching between before and after finds nothing to rename. There
-# permutations have nothing to add, and averaging, averaging with the loss on the line, and elastic weight consolidation end within two
-# points of each other: not much more than the seeds differ by. What they choose is how much to forget for how much to learn.
+# permutations have nothing to add, and averaging, averaging with the loss on the line, and elastic weight consolidation end within about
+# two points of each other: not much more than the seeds differ by. What they choose is how much to forget for how much to learn.
 #
 # A network from elsewhere is another matter. Averaged as it is, it destroys what was known. With its units matched by their weights most
-# of that is saved, and permutations that are learned from the new task's loss save nine points more, although not a weight was trained:
-# the average is four points short of that with a network that was trained on. If the weights may be trained as well, the two ways of
-# matching are one point apart, and weight matching takes no time. All of them are far from a network that has seen all the tasks at once.
+# of that is saved, in no time and without a digit; it does not matter whether the colleagues come one by one or all at once
+# (``merge_models``). Permutations that are learned from the new task's loss save nine points more, although not a weight is trained: the
+# average is four points short of that with a network that was trained on. If the weights may be trained as well, the two ways of matching
+# are one point apart. All of them are far from a network that has seen all the tasks at once.
 
 network.load_state_dict(colleagues[0])
 onward = incremental_rebasin(network, loss_fn, tasks[1], spec=spec, line_weight=0.0, weight_steps=options.steps, learning_rate=2e-3)
