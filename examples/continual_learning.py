@@ -34,7 +34,7 @@ from torch.func import functional_call, grad, vmap
 from torch.nn.functional import affine_grid, avg_pool2d, cross_entropy, grid_sample
 from tqdm.auto import tqdm
 
-from difflayers.rebasin import PermutationSpec, incremental_rebasin, interpolate, weight_matching
+from difflayers.rebasin import PermutationSpec, incremental_rebasin, interpolate, merge_models, weight_matching
 
 parser = argparse.ArgumentParser(description="Rotated digits, one task after another: re-basin against fine-tuning, averaging and EWC.")
 parser.add_argument("--steps", type=int, default=120, help="training steps of each network on each task")
@@ -175,7 +175,8 @@ def own(model: nn.Module) -> Weights:
     return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
 
 
-matrices: dict[str, list[list[list[float]]]] = {name: [] for name in (*LEARNERS, "all tasks at once")}
+AT_ONCE = ("colleagues as they are", "colleagues merged", "all tasks at once")
+matrices: dict[str, list[list[list[float]]]] = {name: [] for name in (*LEARNERS, *AT_ONCE)}
 with tqdm(total=options.seeds * (len(LEARNERS) + 2)) as bar:
     for seed in range(options.seeds):
         tasks, judged = draw_tasks(seed)
@@ -198,8 +199,10 @@ with tqdm(total=options.seeds * (len(LEARNERS) + 2)) as bar:
             bar.update()
         bar.set_description(f"seed {seed}, all tasks at once")
         everything = [batch for together in zip(*tasks, strict=True) for batch in together]
+        mean = {name: torch.stack([weights[name] for weights in colleagues]).mean(0) for name in colleagues[0]}
         best = learn(1, own(perceptron(10 * seed)), everything, **scratch | {"weight_steps": len(tasks) * options.steps})
-        matrices["all tasks at once"].append(len(tasks) * [accuracies(best, judged)])
+        for name, weights in zip(AT_ONCE, (mean, merge_models(spec, colleagues).params, best), strict=True):
+            matrices[name].append(len(tasks) * [accuracies(weights, judged)])
         bar.update()
 
 
@@ -221,19 +224,21 @@ for title, names in (("trained on from the old network", FROM_OLD), ("a colleagu
     for name in names:
         print(row(name))
 print("not incremental")
-print(row("all tasks at once"))
+for name in AT_ONCE:
+    print(row(name))
 
 # %%
 # What permutations are for
 # -------------------------
 # A network that is trained on keeps the names of its units: weight matching between before and after finds nothing to rename. There
-# permutations have nothing to add, and the simple remedies are as good as each other, within what the seeds differ by: averaging, with or
-# without the loss on the line, and elastic weight consolidation. They forget less or learn more as one chooses.
+# permutations have nothing to add, and averaging, averaging with the loss on the line, and elastic weight consolidation end within about
+# two points of each other: not much more than the seeds differ by. What they choose is how much to forget for how much to learn.
 #
 # A network from elsewhere is another matter. Averaged as it is, it destroys what was known. With its units matched by their weights most
-# of that is saved, and with permutations that are learned from the new task's loss a good deal more, although not a weight was trained: it
-# is as good, nearly, as if the old network had met the digits itself. To train the weights as well narrows what is left between the two
-# ways of matching, and it forgets no less. All of them are far from a network that has seen all the tasks at once.
+# of that is saved, in no time and without a digit; it does not matter whether the colleagues come one by one or all at once
+# (``merge_models``). Permutations that are learned from the new task's loss save nine points more, although not a weight is trained: the
+# average is four points short of that with a network that was trained on. If the weights may be trained as well, the two ways of matching
+# are one point apart. All of them are far from a network that has seen all the tasks at once.
 
 network.load_state_dict(colleagues[0])
 onward = incremental_rebasin(network, loss_fn, tasks[1], spec=spec, line_weight=0.0, weight_steps=options.steps, learning_rate=2e-3)

@@ -51,7 +51,9 @@ LINES = {
         "EWC" + 3 * " {} ± {}",
         "averaging as it is" + 3 * " {} ± {}",
         "Sinkhorn, trained" + 3 * " {} ± {}",
+        "colleagues merged" + 3 * " {} ± {}",
         "all tasks at once" + 3 * " {} ± {}",
+        "units that weight matching renames, trained on: ",
     ],
     "jacobian_descent": ["average {} {} {} × {} × {} {} {} %", "UPGrad {} {} {} × {} × {} {} {} %"],
 }

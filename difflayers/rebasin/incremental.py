@@ -50,7 +50,8 @@ class IncrementalResult(NamedTuple):
         endpoint: the network of the new task alone.
         permutations: group → int64 ``(n,)``, which bring the old network to ``endpoint``. What else is stored in the order of its
             units must be renamed alike.
-        losses: the objective at each step.
+        losses: the objective at each step; without the loss of the new network itself where permutations are trained, which do not
+            change it.
     """
 
     params: dict[str, Tensor]
@@ -99,7 +100,7 @@ def incremental_rebasin(
             :func:`~difflayers.rebasin.weight_matching` if there is a ``start``, else the identity.
         merge: α, the share of the new network in what is kept, from 0 to 1. 1 / i for task i gives each task the same.
         point: λ, where on the line from the old network (0) to the new one (1) the loss is asked, or ``"random"``: anywhere, anew each
-            time.
+            time (which of the permutations met are best is judged at 0.5 then).
         line_weight: w. 0 leaves the line alone, and then the permutations as they are at the start unless ``proximity`` moves them.
         proximity: μ.
         rounds: how often the two blocks take turns.
