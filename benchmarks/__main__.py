@@ -4,7 +4,19 @@ from __future__ import annotations
 
 import argparse
 
-from benchmarks import cones, core, maros_meszaros, projections, qp, soft_sort, sorting, sorting_families, sparse_qp, transport
+from benchmarks import (
+    cones,
+    core,
+    maros_meszaros,
+    point_clouds,
+    projections,
+    qp,
+    soft_sort,
+    sorting,
+    sorting_families,
+    sparse_qp,
+    transport,
+)
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
@@ -20,3 +32,4 @@ if __name__ == "__main__":
     soft_sort.main(short=short)
     sorting_families.main(short=short)
     transport.main(short=short)
+    point_clouds.main(short=short)

@@ -25,7 +25,7 @@ from .laplacian import Laplacian
 from .potentials import Method, find_potentials
 from .sweeps import FLOOR, Scaled
 
-__all__ = ["DualValue", "Factor", "Marginals", "Options", "plan_of"]
+__all__ = ["DualValue", "Factor", "Marginals", "Options", "flattened", "plan_of"]
 
 # Plan entries up to here are zero; e^FLOOR is less.
 _LEAST = 1e-130
@@ -99,7 +99,7 @@ class Marginals(BroadcastingProblem):
         if 0 in batch:
             status = torch.zeros(batch, dtype=torch.int64, device=x0.device)
             return x0.clone(), status, x0.new_zeros(batch), status.clone()
-        C, a, b, epsilon, *_, usable = flat = _flat(theta, batch, self.core_ndims)
+        C, a, b, epsilon, *_, usable = flat = flattened(theta, batch, self.core_ndims)
         lacking = torch.stack([self.surplus(a.sum(-1), b.sum(-1)), -a.amin(-1), -b.amin(-1)]).amax(0)
         feasible = lacking <= 0
         a, b = self.balanced(a.clamp(min=0), b.clamp(min=0))
@@ -170,7 +170,7 @@ class Marginals(BroadcastingProblem):
         wrong = (status == Status.PRIMAL_INFEASIBLE).nonzero()
         if not len(wrong):
             return "sinkhorn"
-        _, a, b, *_ = (part[int(wrong[0])] for part in _flat(theta, batch, self.core_ndims))
+        _, a, b, *_ = (part[int(wrong[0])] for part in flattened(theta, batch, self.core_ndims))
         if min(float(a.min()), float(b.min())) < 0:
             return f"sinkhorn (marginals must not be negative; the smallest entry is {min(float(a.min()), float(b.min())):.3g})"
         return f"sinkhorn ({self.inadmissible}; a sums to {float(a.sum()):.9g}, b to {float(b.sum()):.9g})"
@@ -201,7 +201,7 @@ class Marginals(BroadcastingProblem):
         if not bool(rhs.any()):
             return Solution(torch.zeros_like(rhs), status, rhs.new_zeros(rhs.shape[:-1]), status)
         if self._factor is None:
-            self._factor = self.factorized(x.reshape(-1, n + m), _flat(theta, batch, self.core_ndims))
+            self._factor = self.factorized(x.reshape(-1, n + m), flattened(theta, batch, self.core_ndims))
         flat = rhs.reshape(rhs.shape[0] if columns else 1, -1, n + m).permute(1, 2, 0)
         u, residual = self._factor.solve(flat)
         residual = residual.mT.reshape(rhs.shape[:-1])
@@ -344,7 +344,7 @@ class DualValue(ExplicitProblem):
         return v - ((a * f).sum(-1) + (b * g).sum(-1) + epsilon * (mass - P.sum((-1, -2)))).unsqueeze(-1)
 
 
-def _flat(theta: Sequence[Any], batch: Sequence[int], core_ndims: Sequence[int]) -> tuple[Tensor, ...]:
+def flattened(theta: Sequence[Any], batch: Sequence[int], core_ndims: Sequence[int]) -> tuple[Tensor, ...]:
     """The arguments with one batch dimension."""
     return tuple(
         part.expand((*batch, *part.shape[part.dim() - core :])).reshape(math.prod(batch), *part.shape[part.dim() - core :])
