@@ -76,6 +76,9 @@ class CloudMarginals(Marginals):
             most, spread = self.options.max_iter or _SWEEPS, high - low
             phi, gamma, used = find_cloud_potentials(cloud, a, b, tol / 2, max_iter=most, symmetric=symmetric, spread=spread)
         rows, columns = cloud.sums(phi, gamma)
+        # With the right mass of the plan, the error of ⟨a, f⟩ + ⟨b, g⟩ is of second order. Sweeps end with it, averaged ones do not.
+        ratio = mass / rows.sum()
+        rows, columns, phi, gamma = ratio * rows, ratio * columns, phi + ratio.log() / 2, gamma + ratio.log() / 2
         error = max(float((rows - a).abs().sum()), float((columns - b).abs().sum()))
         z = torch.where(torch.cat([a, b]) > 0, torch.cat([phi, gamma]) * epsilon, 0)
         finite = bool(torch.isfinite(z).all())
