@@ -8,6 +8,7 @@ from benchmarks import (
     cones,
     core,
     maros_meszaros,
+    point_clouds,
     projections,
     qp,
     rebasin,
@@ -37,3 +38,4 @@ if __name__ == "__main__":
     sparse_transport.main(short=short)
     transport_peers.main(short=short)
     rebasin.main(short=short)
+    point_clouds.main(short=short)

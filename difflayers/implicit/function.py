@@ -31,7 +31,16 @@ from ..solution import OnFailure, Solution, Status, report_failures
 from ..solvers.linearize import block_jacobian, jvp, vjp, without_saved_tensor_hooks
 from .methods import LinearMethod
 
-__all__ = ["ImplicitFunction", "Linearized", "Problem", "check_residual", "in_a_transform", "nan_where_failed", "solve_implicitly"]
+__all__ = [
+    "ImplicitFunction",
+    "Linearized",
+    "Problem",
+    "apply_anywhere",
+    "check_residual",
+    "in_a_transform",
+    "nan_where_failed",
+    "solve_implicitly",
+]
 
 Find = Callable[[Callable[[Tensor], Tensor], Tensor, int], Solution]
 
@@ -312,7 +321,7 @@ class ImplicitFunction(torch.autograd.Function):
         x, theta = _saved(ctx)
         point = problem.point(x, theta)
         adjoint = problem.linearized(transpose=True)
-        u = _apply(adjoint, torch.zeros_like(cotangent), *point, cotangent)[0]
+        u = apply_anywhere(adjoint, torch.zeros_like(cotangent), *point, cotangent)[0]
         gradients: list[Tensor | None] = [None] * count
         wanted = [i for i in wanted if is_differentiable(theta[i])]
         for i, gradient in zip(wanted, problem.pullback(x, theta, wanted, u), strict=True):
@@ -334,7 +343,7 @@ class ImplicitFunction(torch.autograd.Function):
                 return (torch.zeros_like(x), *[None] * ctx.diagnostics)
             drift = problem.pushforward(x, theta, moving, [tangents[2 + i] for i in moving])
             forward = problem.linearized(transpose=False)
-            v = _apply(forward, torch.zeros_like(x), *problem.point(x, theta), drift)[0]
+            v = apply_anywhere(forward, torch.zeros_like(x), *problem.point(x, theta), drift)[0]
         return (v, *[None] * ctx.diagnostics)
 
     @staticmethod
@@ -365,7 +374,7 @@ class ImplicitFunction(torch.autograd.Function):
 vars(ImplicitFunction)["forward"].__func__.__signature__ = inspect.signature(ImplicitFunction.forward)
 
 
-def _apply(problem: Linearized, *operands: Any) -> tuple[Tensor, ...]:
+def apply_anywhere(problem: Problem | Linearized, *operands: Any) -> tuple[Tensor, ...]:
     """``ImplicitFunction.apply``, also under the older vmap that ``autograd.grad(is_grads_batched=True)`` still runs backward in.
 
     That vmap passes by the rules of a Function, so its batched tensors are taken apart and put together here.

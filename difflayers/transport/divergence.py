@@ -19,14 +19,15 @@ Cuturi, The Monge gap, ICML 2023, arXiv:2302.04953.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..errors import ShapeError
 from ..solution import OnFailure, Status
+from .points import PointsSolution, sinkhorn_points
 from .sinkhorn import TransportSolution, sinkhorn
 from .unbalanced import Penalty
 
@@ -60,6 +61,7 @@ def sinkhorn_divergence(
     epsilon: float | Tensor,
     cost: Cost | None = None,
     marginal_penalty: Penalty = None,
+    block_size: int | Literal["auto"] | None = None,
     tol: float | None = None,
     max_iter: int | None = None,
     on_failure: OnFailure = "raise",
@@ -77,6 +79,9 @@ def sinkhorn_divergence(
         cost: ``(x, y) -> (*batch, n, m)``, symmetric; None: squared Euclidean distances.
         marginal_penalty: as in :func:`~difflayers.transport.sinkhorn`, the same for both clouds: mass may also appear and vanish, at
             this price. Points that are alone then do not pull at everything else.
+        block_size: for large clouds: points at a time, or "auto" for blocks of 4 MB. Cost matrices are then never formed, and memory
+            is O(n + m) in value and derivatives (:func:`~difflayers.transport.sinkhorn_points`; marginals must be met). None: three
+            matrices.
         tol: as in :func:`~difflayers.transport.sinkhorn`.
         max_iter: as in :func:`~difflayers.transport.sinkhorn`.
         on_failure: as in :func:`~difflayers.transport.sinkhorn`.
@@ -96,16 +101,19 @@ def sinkhorn_divergence(
         tensor(0.2500)
     """
     _check_clouds(x, y)
+    if block_size is not None:
+        if marginal_penalty is not None:
+            raise ValueError("block_size and marginal_penalty do not go together; leave one of them out")
+        return _in_blocks(x, y, a, b, cost, None if block_size == "auto" else block_size, epsilon, tol, max_iter, on_failure)
     cost = _guarded(cost)
-    sides = [(x, y, a, b, 1.0), (x, x, a, a, -0.5), (y, y, b, b, -0.5)]
+    sides = [(x, y, a, b), (x, x, a, a), (y, y, b, b)]
     options: dict[str, Any] = {"epsilon": epsilon, "tol": tol, "max_iter": max_iter, "on_failure": on_failure}
     if marginal_penalty is None:
-        found = [sinkhorn(_costs(cost, p, q), c, d, **options) for p, q, c, d, _ in sides]
+        found = [sinkhorn(_costs(cost, p, q), c, d, **options) for p, q, c, d in sides]
     else:
         options["marginal_penalty"] = marginal_penalty
-        found = [sinkhorn(_relative(_costs(cost, p, q), c, d, epsilon), c, d, **options) for p, q, c, d, _ in sides]
-    value = sum((weight * part.dual_value for part, (*_, weight) in zip(found, sides, strict=True)), torch.zeros_like(found[0].value))
-    return _together(value, found, on_failure)
+        found = [sinkhorn(_relative(_costs(cost, p, q), c, d, epsilon), c, d, **options) for p, q, c, d in sides]
+    return _together(_debiased(found), found, on_failure)
 
 
 def monge_gap(
@@ -163,6 +171,40 @@ def _costs(cost: Cost, p: Tensor, q: Tensor) -> Tensor:
     return (costs + costs.mT) / 2 if p is q else costs
 
 
+def _in_blocks(
+    x: Tensor,
+    y: Tensor,
+    a: Tensor | None,
+    b: Tensor | None,
+    cost: Cost | None,
+    block_size: int | None,
+    epsilon: float | Tensor,
+    tol: float | None,
+    max_iter: int | None,
+    on_failure: OnFailure,
+) -> DivergenceSolution:
+    found = [
+        sinkhorn_points(
+            p,
+            q,
+            c,
+            d,
+            epsilon=epsilon,
+            cost=cost or "sqeuclidean",
+            block_size=block_size,
+            tol=tol,
+            max_iter=max_iter,
+            on_failure=on_failure,
+        )
+        for p, q, c, d in [(x, y, a, b), (x, x, a, a), (y, y, b, b)]
+    ]
+    return _together(_debiased(found), found, on_failure)
+
+
+def _debiased(found: Sequence[TransportSolution] | Sequence[PointsSolution]) -> Tensor:
+    return found[0].dual_value - (found[1].dual_value + found[2].dual_value) / 2
+
+
 def _relative(cost: Tensor, a: Tensor | None, b: Tensor | None, epsilon: float | Tensor) -> Tensor:
     """cost − ε (log a ⊕ log b), whose entropy is relative to the product of the marginals."""
     n, m = cost.shape[-2:]
@@ -193,9 +235,9 @@ def _squared_distances(x: Tensor, y: Tensor) -> Tensor:
     return (x * x).sum(-1).unsqueeze(-1) + (y * y).sum(-1).unsqueeze(-2) - 2 * (x @ y.mT)
 
 
-def _together(value: Tensor, found: list[TransportSolution], on_failure: OnFailure) -> DivergenceSolution:
+def _together(value: Tensor, found: Sequence[TransportSolution] | Sequence[PointsSolution], on_failure: OnFailure) -> DivergenceSolution:
     status = found[-1].status
-    for part in reversed(found[:-1]):
+    for part in found[-2::-1]:
         status = torch.where(part.status != Status.SOLVED, part.status, status)
     if on_failure == "nan":
         value = torch.where(status != Status.SOLVED, torch.nan, value)

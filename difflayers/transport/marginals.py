@@ -26,7 +26,7 @@ from .laplacian import Laplacian
 from .potentials import Method, find_potentials
 from .sweeps import FLOOR, Scaled
 
-__all__ = ["DualValue", "Factor", "Marginals", "Options", "plan_of"]
+__all__ = ["DualValue", "Factor", "Marginals", "Options", "flattened", "plan_of"]
 
 # Plan entries up to here are zero; e^FLOOR is less.
 _LEAST = 1e-130
