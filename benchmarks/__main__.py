@@ -33,5 +33,5 @@ if __name__ == "__main__":
     soft_sort.main(short=short)
     sorting_families.main(short=short)
     transport.main(short=short)
-    rebasin.main(short=short)
     transport_peers.main(short=short)
+    rebasin.main(short=short)

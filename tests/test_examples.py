@@ -42,9 +42,23 @@ LINES = {
         "matching, Sinkhorn {} {}",
         "naive, not repaired {} {}",
     ],
+    "continual_learning": [
+        "EWC" + 3 * " {} ± {}",
+        "averaging as it is" + 3 * " {} ± {}",
+        "Sinkhorn, trained" + 3 * " {} ± {}",
+        "all tasks at once" + 3 * " {} ± {}",
+    ],
     "jacobian_descent": ["average {} {} {} × {} × {} {} {} %", "UPGrad {} {} {} × {} × {} {} {} %"],
 }
-SEEDED = ("quickstart", "decision_focused", "learning_to_rank", "mpc_learned_cost", "topk_classification", "transport_map")
+SEEDED = (
+    "continual_learning",
+    "quickstart",
+    "decision_focused",
+    "learning_to_rank",
+    "mpc_learned_cost",
+    "topk_classification",
+    "transport_map",
+)
 OPTIONS = {name: ["--seeds", "1"] for name in SEEDED}
 
 

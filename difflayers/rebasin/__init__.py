@@ -2,6 +2,7 @@
 
 from .activation_matching import activation_matching
 from .barrier import LossCurve, barrier, interpolate, loss_curve, repair_batchnorm
+from .incremental import IncrementalResult, incremental_rebasin
 from .matching import weight_matching
 from .merging import MergedModels, merge_models
 from .objectives import L2Objective, MidpointObjective, RandomPointObjective, l2_distance
@@ -11,6 +12,7 @@ from .straight_through import straight_through_matching
 
 __all__ = [
     "FitResult",
+    "IncrementalResult",
     "L2Objective",
     "LossCurve",
     "MergedModels",
@@ -22,6 +24,7 @@ __all__ = [
     "SinkhornRebasin",
     "activation_matching",
     "barrier",
+    "incremental_rebasin",
     "interpolate",
     "l2_distance",
     "loss_curve",
