@@ -183,8 +183,9 @@ for kind, pairs in results.items():
 # %%
 # What is left of the barrier
 # ---------------------------
-# Of the perceptrons' barrier next to nothing is left. Sinkhorn re-basin needs no weight matching to get there: alone it ends lower, as it
-# trains what is measured, while near weights are only a sign of it. Started from a matching it stays in that matching's neighbourhood.
+# Of the perceptrons' barrier next to nothing is left. Sinkhorn re-basin needs no weight matching to get there: alone it ends lower on the
+# digits held out, as it trains what is measured, while near weights are only a sign of it. Started from a matching it stays in that
+# matching's neighbourhood.
 #
 # For the convolutional networks most of the naive barrier is no matter of permutations: half of it goes as soon as BatchNorm is repaired,
 # because the hidden units between two networks vary less than those of either, and a layer scales them by what the ends have measured. What
