@@ -14,7 +14,7 @@ values,
 .. math:: \sum_j \Big( \frac{γ}{2} \sum_i \frac{T_{ij}^2}{U_{ij}} - ⟨T_j, v_j⟩ + \frac{1}{2γ} \sum_{\text{k largest}} (v_{ij})_+^2 \Big)
    \ge 0, \qquad v = α ⊕ β - C,
 
-proves both optimal. If T has at most k nonzeros a column it solves the sparse problem.
+proves both optimal, if T meets the marginals. If T has at most k nonzeros a column it solves the sparse problem.
 
 References: Liu, Puigcerver and Blondel, Sparsity-constrained optimal transport, ICLR 2023, arXiv:2209.15466; Rockafellar, Augmented
 Lagrangians and applications of the proximal point algorithm in convex programming, Mathematics of Operations Research 1 (1976).
@@ -104,18 +104,32 @@ def sparse_plan(X: Tensor, a: Tensor, b: Tensor, gamma: Tensor, k: int, tol: Ten
         tol: ``(N,)``, the marginal error (1-norm) to reach.
         max_iter: most Newton steps.
     """
-    alpha, beta, relaxed, share, iterations = _proximal_point(X, a, b, gamma, k, tol, max_iter)
+    found = quadratic_plan(X, a, b, gamma, tol, max_iter)
+    # A plan of the problem without k that has few enough nonzeros solves the one with k, too.
     problem = Quadratic(X, a, b, gamma, torch.zeros_like(gamma), X.new_zeros(len(X), 1, 1))
+    error = state(problem, found.alpha, found.beta, None).error()
+    left = ((found.support.sum(-1) > k).any(-1) | ~(error <= tol)).nonzero().squeeze(-1)
+    if left.numel():
+        free = Plan(*(part[left] for part in found))
+        constrained = _constrained_plan(problem.take(left), k, tol[left], max_iter, free)
+        for target, source in zip(found, constrained, strict=True):
+            target[left] = source
+    return found
+
+
+def _constrained_plan(problem: Quadratic, k: int, tol: Tensor, max_iter: int, free: Plan) -> Plan:
+    """The plan where k matters, from the one without it."""
+    X, a, b, gamma, *_ = problem
+    alpha, beta, relaxed, share, iterations = _proximal_point(X, a, b, gamma, k, tol, max_iter, free)
     chosen = relaxed.topk(k, -1)
     support = torch.zeros_like(relaxed, dtype=torch.bool).scatter_(-1, chosen.indices, chosen.values > 0)
     # Where the relaxed plan is sparse, one linear system on its support gives it to the last digit, also where columns have ties.
     solved_alpha, solved_beta = _solved_on(support, problem, alpha, beta)
     v = torch.where(support, solved_alpha.unsqueeze(-2) + solved_beta.unsqueeze(-1) - X, 0)
     plan = v.clamp(min=0) / gamma[:, None, None]
-    error = torch.maximum((plan.sum(-2) - a).abs().sum(-1), (plan.sum(-1) - b).abs().sum(-1))
     scale = _CERTIFIED * tol * (_range(X) + gamma * _quadratic(relaxed, share) / a.sum(-1))
-    tight = (error <= tol) & (_gap(problem, solved_alpha, solved_beta, plan, plan > 0, k) <= scale)
-    optimal = tight | (_gap(problem, alpha, beta, relaxed, share, k) <= scale)
+    tight = (_error(problem, plan) <= tol) & (_gap(problem, solved_alpha, solved_beta, plan, plan > 0, k) <= scale)
+    optimal = tight | ((_error(problem, relaxed) <= tol) & (_gap(problem, alpha, beta, relaxed, share, k) <= scale))
     # Elsewhere the potentials of the rows decide alone: the k largest entries of each column, ties broken by the relaxed plan.
     fallback = _columns_met(X, alpha, b, gamma, support)
     alpha = torch.where(tight.unsqueeze(-1), solved_alpha, alpha)
@@ -126,16 +140,16 @@ def sparse_plan(X: Tensor, a: Tensor, b: Tensor, gamma: Tensor, k: int, tol: Ten
 
 
 def _proximal_point(
-    X: Tensor, a: Tensor, b: Tensor, gamma: Tensor, k: int, tol: Tensor, max_iter: int
+    X: Tensor, a: Tensor, b: Tensor, gamma: Tensor, k: int, tol: Tensor, max_iter: int, free: Plan
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """α, β, T and U of the relaxed problem, and the Newton steps."""
     mass = a.sum(-1)
     first = torch.maximum(_dense(X, mass), _PROXIMAL_LEAST * gamma)
-    problem = Quadratic(X, a, b, gamma, first, torch.zeros_like(X))
-    alpha, beta = torch.zeros_like(a), _columns_met(X, torch.zeros_like(a), b, gamma + first, None)
-    now = state(problem, alpha, beta, k)
+    centre = torch.where(free.support, free.alpha.unsqueeze(-2) + free.beta.unsqueeze(-1) - X, 0) / gamma[:, None, None]
+    problem = Quadratic(X, a, b, gamma, first, centre)
+    now = state(problem, free.alpha, free.beta, k)
     found = State(*(part.clone() for part in now))
-    index, iterations = torch.arange(mass.shape[0], device=mass.device), torch.zeros_like(mass, dtype=torch.int64)
+    index, iterations = torch.arange(mass.shape[0], device=mass.device), free.iterations.clone()
     goal, least = _PROXIMAL_NEAR * mass, _PROXIMAL_LEAST * first
     while index.numel():
         now, steps = newton(problem, now, k, goal[index], max_iter - iterations[index])
@@ -171,6 +185,10 @@ def _columns_met(X: Tensor, alpha: Tensor, b: Tensor, gamma: Tensor, support: Te
     inside = simplex_support(v, total)
     beta = (total - torch.where(inside, v, 0).sum(-1, keepdim=True)) / inside.sum(-1, keepdim=True).clamp(min=1)
     return torch.where(torch.isfinite(beta), beta, 0).squeeze(-1)
+
+
+def _error(problem: Quadratic, plan: Tensor) -> Tensor:
+    return torch.maximum((plan.sum(-2) - problem.a).abs().sum(-1), (plan.sum(-1) - problem.b).abs().sum(-1))
 
 
 def _gap(problem: Quadratic, alpha: Tensor, beta: Tensor, plan: Tensor, share: Tensor, k: int) -> Tensor:

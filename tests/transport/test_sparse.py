@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import warnings
 
 import cvxpy
 import numpy as np
@@ -213,6 +214,26 @@ def test_a_warning_and_an_iteration_limit() -> None:
         sparse_transport(C, a, b, gamma=0.5, k=2, on_failure="warn")
     assert int(sparse_transport(C, a, b, gamma=0.5, k=2, max_iter=2, on_failure="nan").status) == Status.MAX_ITER
     assert int(sparse_transport(C, a, b, gamma=0.5, max_iter=2, on_failure="nan").status) == Status.MAX_ITER
+
+
+@pytest.mark.parametrize("k", [1, 2])
+def test_not_tight_is_never_said_before_the_maximum(k: int) -> None:
+    C, a, b = _problem()
+    best = sparse_transport(C, a, b, gamma=0.5, k=k, on_failure="nan")
+    assert int(best.status) == Status.NOT_TIGHT
+    value = _silently(C, a, b, k, None).dual_value
+    found = [_silently(C, a, b, k, steps) for steps in range(1, int(best.iterations) + 1)]
+    assert int(found[0].status) == Status.MAX_ITER
+    assert int(found[-1].status) == Status.NOT_TIGHT
+    for each in found:
+        if int(each.status) == Status.NOT_TIGHT:
+            torch.testing.assert_close(each.dual_value, value, atol=1e-9, rtol=0)
+
+
+def _silently(C: Tensor, a: Tensor, b: Tensor, k: int, max_iter: int | None) -> TransportSolution:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return sparse_transport(C, a, b, gamma=0.5, k=k, max_iter=max_iter, on_failure="warn")
 
 
 def test_failures_leave_neighbours_alone() -> None:
