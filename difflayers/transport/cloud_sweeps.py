@@ -174,10 +174,10 @@ def _accelerated(step: Callable[[Tensor], _Step], z: Tensor, weights: Tensor, to
     """Anderson's method, each entry weighted: the last point, its step, and how many were made."""
     now = step(z)
     best = z, now
-    points, residuals = [z], [now.residual]
+    points, residuals, repeated = [z], [now.residual], 0
     for count in range(1, max_iter):
         if now.error <= tol:
-            return z, now, count
+            return z, now, count + repeated
         z = z + now.residual
         if len(points) > 1:
             steps, changes = _differences(points), _differences(residuals)
@@ -193,10 +193,11 @@ def _accelerated(step: Callable[[Tensor], _Step], z: Tensor, weights: Tensor, to
             # Back to the last good point, and from there without a memory.
             z = points[-1] + residuals[-1]
             points, residuals, now = [], [], step(z)
+            repeated += 1
         points, residuals = [*points, z][-_MEMORY - 1 :], [*residuals, now.residual][-_MEMORY - 1 :]
         if not now.error >= best[1].error:
             best = z, now
-    return *best, max_iter
+    return *best, max_iter + repeated
 
 
 def _differences(vectors: list[Tensor]) -> Tensor:
