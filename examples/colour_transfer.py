@@ -35,7 +35,7 @@ from torch import Tensor
 from torch.nn.functional import grid_sample
 from tqdm.auto import tqdm
 
-from difflayers.transport import sinkhorn, sinkhorn_divergence
+from difflayers.transport import entropic_map, sinkhorn, sinkhorn_divergence
 
 parser = argparse.ArgumentParser(description="Colour transfer between two photographs: a map learned on the Sinkhorn divergence.")
 parser.add_argument("--steps", type=int, default=120, help="training steps of the tables")
@@ -108,9 +108,7 @@ def entropic_plan(source: Tensor, target: Tensor, epsilon: float) -> Tensor:
     generator = torch.Generator().manual_seed(0)
     here, there = (lab(draw(photograph[seen(photograph)], SAMPLE, generator)) for photograph in (source, target))
     g = sinkhorn(torch.cdist(here, there) ** 2, epsilon=epsilon).g
-    pixels = lab(source).reshape(-1, 3).split(20_000)
-    mapped = [torch.softmax((g - torch.cdist(part, there) ** 2) / epsilon, -1) @ there for part in pixels]
-    return rgb_of(torch.cat(mapped).reshape(source.shape))
+    return rgb_of(entropic_map(lab(source).reshape(-1, 3), there, g, epsilon=epsilon).reshape(source.shape))
 
 
 # %%
