@@ -171,7 +171,7 @@ class SinkhornLayer(nn.Module):
 
     Args:
         epsilon: as in :func:`sinkhorn`; a tensor becomes a buffer, an ``nn.Parameter`` is learned.
-        marginal_penalty: as in :func:`sinkhorn`; tensors become buffers, ``nn.Parameter``s are learned.
+        marginal_penalty: as in :func:`sinkhorn`; a tensor becomes a buffer, an ``nn.Parameter`` is learned.
         method: as in :func:`sinkhorn`.
         backward: as in :func:`sinkhorn`.
         tol: as in :func:`sinkhorn`.
