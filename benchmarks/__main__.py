@@ -11,11 +11,13 @@ from benchmarks import (
     point_clouds,
     projections,
     qp,
+    rebasin,
     soft_sort,
     sorting,
     sorting_families,
     sparse_qp,
     transport,
+    transport_peers,
 )
 
 if __name__ == "__main__":
@@ -33,3 +35,5 @@ if __name__ == "__main__":
     sorting_families.main(short=short)
     transport.main(short=short)
     point_clouds.main(short=short)
+    transport_peers.main(short=short)
+    rebasin.main(short=short)

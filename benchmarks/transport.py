@@ -52,7 +52,7 @@ def _row(table: Table, kind: str, n: int, epsilon: float, budget: float) -> None
     contestants: dict[str, Gradient] = {"ours": ours}
     if installed("POT"):
         contestants |= {name: _pot(cost, weights, epsilon, name) for name in ("unrolled", "last step", "implicit")}
-    exact = _reference(cost, weights, epsilon)
+    exact = exact_gradient(cost, weights, epsilon)
     errors = {name: float((run() - exact).abs().max() / exact.abs().max()) for name, run in contestants.items()}
     memory = {name: peak_memory(run) / 2**20 for name, run in contestants.items()}
     times = race(contestants, budget=budget, rounds=(1, 20))
@@ -99,15 +99,25 @@ def _implicit(P: Tensor, weights: Tensor, epsilon: float) -> Tensor:
     return -(M - P * (u[:n, None] + u[n:])) / epsilon
 
 
-def _reference(cost: Tensor, weights: Tensor, epsilon: float) -> Tensor:
+def exact_plan(cost: Tensor, epsilon: float) -> tuple[np.ndarray, np.ndarray]:
+    """The plan for uniform marginals, and the matrix of its marginal equations without the last: Newton's method from our potentials."""
     found = sinkhorn(cost, epsilon=epsilon)
-    C, n, x = cost.numpy(), cost.shape[-1], torch.cat([found.f, found.g]).numpy()
-    for _ in range(3):
+    C, (n, m), x = cost.numpy(), cost.shape, torch.cat([found.f, found.g]).numpy()
+    wanted = np.concatenate([np.full(n, 1 / n), np.full(m, 1 / m)])[:-1]
+    for step in range(4):
         P = np.exp((x[:n, None] + x[n:] - C) / epsilon)
         matrix = np.block([[np.diag(P.sum(1)), P], [P.T, np.diag(P.sum(0))]])[:-1, :-1]
-        x = x + epsilon * np.append(np.linalg.solve(matrix, 1 / n - np.concatenate([P.sum(1), P.sum(0)])[:-1]), 0)
-    P = np.exp((x[:n, None] + x[n:] - C) / epsilon)
-    M = P * weights.numpy()
+        if step < 3:
+            # The plan of a cloud with itself may be disconnected up to rounding: the shift keeps the matrix regular.
+            shifted = matrix + 1e-13 * np.diag(matrix.diagonal())
+            x = x + epsilon * np.append(np.linalg.solve(shifted, wanted - np.concatenate([P.sum(1), P.sum(0)])[:-1]), 0)
+    return P, matrix
+
+
+def exact_gradient(cost: Tensor, weights: Tensor, epsilon: float) -> Tensor:
+    """d ⟨plan, weights⟩ / d cost by the adjoint system, in NumPy."""
+    P, matrix = exact_plan(cost, epsilon)
+    M, n = P * weights.numpy(), len(P)
     rhs = np.concatenate([M.sum(1), M.sum(0)])[:-1]
     u = np.linalg.solve(matrix, rhs)
     u = np.append(u + np.linalg.solve(matrix, rhs - matrix @ u), 0)

@@ -18,7 +18,9 @@ tensor([[ 0.5000, -0.5000,  0.0000]])
 ``difflayers.convex``    quadratic programs: :class:`QPLayer`, ``solve_qp``; conic programs: ``solve_cone``; problems
                          written in CVXPY: :class:`CvxpyLayer`; ``projections`` on convex sets: :class:`Projection`
 ``difflayers.sorting``   sorting, ranking and top-k that gradients pass through: :class:`SortingNetwork`
-``difflayers.transport`` optimal transport plans at any temperature: :class:`SinkhornLayer`, ``sinkhorn``
+``difflayers.transport`` optimal transport plans at any temperature: :class:`SinkhornLayer`, ``sinkhorn``; sparse ones:
+                         :class:`SparseTransportLayer`, ``sparse_transport``
+``difflayers.rebasin``   trained networks brought together modulo permutations of hidden units: :class:`SinkhornRebasin`
 ``difflayers.implicit``  the core: ``implicit_root``, ``implicit_fixed_point``, ``custom_root``,
                          ``linear_solve``, ``conditions``
 ``difflayers.solvers``   how a solution is found: batched loops that stop element by element
@@ -35,10 +37,11 @@ from . import errors
 from .solution import Solution, Status
 
 if TYPE_CHECKING:
-    from . import convex, implicit, solvers, sorting, transport
+    from . import convex, implicit, rebasin, solvers, sorting, transport
     from .convex import CvxpyLayer, Projection, QPLayer
+    from .rebasin import SinkhornRebasin
     from .sorting import SortingNetwork
-    from .transport import SinkhornLayer
+    from .transport import SinkhornLayer, SparseTransportLayer
 
 __version__ = "0.1.0"
 
@@ -47,13 +50,16 @@ __all__ = [
     "Projection",
     "QPLayer",
     "SinkhornLayer",
+    "SinkhornRebasin",
     "Solution",
     "SortingNetwork",
+    "SparseTransportLayer",
     "Status",
     "__version__",
     "convex",
     "errors",
     "implicit",
+    "rebasin",
     "solvers",
     "sorting",
     "transport",
@@ -65,7 +71,9 @@ _FAMILY = {
     "Projection": "convex",
     "QPLayer": "convex",
     "SinkhornLayer": "transport",
+    "SinkhornRebasin": "rebasin",
     "SortingNetwork": "sorting",
+    "SparseTransportLayer": "transport",
 }
 
 

@@ -53,7 +53,7 @@ class UnboundedError(SolveError, ValueError):
 
 
 class NotConvergedError(SolveError, RuntimeError):
-    """The iteration limit came first, or the numbers stopped being finite."""
+    """The iteration limit came first, the numbers stopped being finite, or a relaxation was solved and is not tight."""
 
 
 class SingularError(SolveError, RuntimeError):

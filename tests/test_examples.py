@@ -33,9 +33,32 @@ LINES = {
     ],
     "relaxations": ["optimal largest error 0.0625 / s, least slope {}", "logistic from -3.0 to {} in 20 steps"],
     "sorting_supervision": ["logistic, odd_even 20 {} {} {}", "cauchy, odd_even 20 {} {} {}", "NeuralSort {} {} {} {}", "ranks 1 {} {} {}"],
+    "colour_transfer": ["histograms {} {} {}", "plan, ε = 0.001 {} {} {}", "learned, λ = 10 {} {} {}"],
+    "transport_map": ["plain, λ = 0 {} ± {} {} ± {} {} ± {} {} ± {}", "plain, λ = 1 {} ± {} {} ± {} {} ± {} {} ± {}"],
+    "align_networks": [
+        "perceptron, pair 0: {} % and {} % of 500 digits right",
+        "weight matching {} {}",
+        "Sinkhorn alone {} {}",
+        "matching, Sinkhorn {} {}",
+        "naive, not repaired {} {}",
+    ],
+    "continual_learning": [
+        "EWC" + 3 * " {} ± {}",
+        "averaging as it is" + 3 * " {} ± {}",
+        "Sinkhorn, trained" + 3 * " {} ± {}",
+        "all tasks at once" + 3 * " {} ± {}",
+    ],
     "jacobian_descent": ["average {} {} {} × {} × {} {} {} %", "UPGrad {} {} {} × {} × {} {} {} %"],
 }
-SEEDED = ("quickstart", "decision_focused", "learning_to_rank", "mpc_learned_cost", "topk_classification")
+SEEDED = (
+    "continual_learning",
+    "quickstart",
+    "decision_focused",
+    "learning_to_rank",
+    "mpc_learned_cost",
+    "topk_classification",
+    "transport_map",
+)
 OPTIONS = {name: ["--seeds", "1"] for name in SEEDED}
 
 

@@ -109,10 +109,10 @@ def sinkhorn_divergence(
     sides = [(x, y, a, b), (x, x, a, a), (y, y, b, b)]
     options: dict[str, Any] = {"epsilon": epsilon, "tol": tol, "max_iter": max_iter, "on_failure": on_failure}
     if marginal_penalty is None:
-        found = [sinkhorn(cost(p, q), c, d, **options) for p, q, c, d in sides]
+        found = [sinkhorn(_costs(cost, p, q), c, d, **options) for p, q, c, d in sides]
     else:
         options["marginal_penalty"] = marginal_penalty
-        found = [sinkhorn(_relative(cost(p, q), c, d, epsilon), c, d, **options) for p, q, c, d in sides]
+        found = [sinkhorn(_relative(_costs(cost, p, q), c, d, epsilon), c, d, **options) for p, q, c, d in sides]
     return _together(_debiased(found), found, on_failure)
 
 
@@ -197,6 +197,12 @@ def _in_blocks(
 
 def _debiased(found: Sequence[TransportSolution] | Sequence[PointsSolution]) -> Tensor:
     return found[0].dual_value - (found[1].dual_value + found[2].dual_value) / 2
+
+
+def _costs(cost: Cost, p: Tensor, q: Tensor) -> Tensor:
+    """The costs; those of a cloud with itself are symmetric to the last digit, which makes them easier to solve with."""
+    costs = cost(p, q)
+    return (costs + costs.mT) / 2 if p is q else costs
 
 
 def _relative(cost: Tensor, a: Tensor | None, b: Tensor | None, epsilon: float | Tensor) -> Tensor:

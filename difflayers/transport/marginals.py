@@ -11,7 +11,6 @@ theorem).
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -19,13 +18,15 @@ import torch
 from torch import Tensor
 
 from ..implicit.broadcasting import BroadcastingProblem, ExplicitProblem
+from ..implicit.function import in_a_transform
 from ..solution import OnFailure, Solution, Status, report_failures
-from ..solvers.linear import cg
+from .arguments import flattened, what_failed
+from .kept import Kept, conjugate_gradients
 from .laplacian import Laplacian
 from .potentials import Method, find_potentials
 from .sweeps import FLOOR, Scaled
 
-__all__ = ["DualValue", "Factor", "Marginals", "Options", "flattened", "plan_of"]
+__all__ = ["DualValue", "Factor", "Marginals", "Options", "plan_of"]
 
 # Plan entries up to here are zero; e^FLOOR is less.
 _LEAST = 1e-130
@@ -41,7 +42,13 @@ _SEPARATE = 1e-14
 _SINGULAR_ABOVE, _SINGULAR_ABOVE_TOL = 1e-6, 100.0
 
 # From so many equations on, and for so few right-hand sides, conjugate gradients are tried before the factorization.
-_ITERATED_FROM, _ITERATED_COLUMNS, _ITERATIONS = 800, 2, 60
+_ITERATED_FROM, _ITERATED_COLUMNS = 300, 2
+
+# The relative residual that they aim at, and that is accepted.
+_ROUNDING, _ITERATED_TO = 1e-15, 1e-12
+
+# They leave out entries below the first, as a part of the smallest marginal, and want groups to exchange more than the second.
+_LOST, _LINK = 1e-18, 1e-5
 
 
 class Options(NamedTuple):
@@ -65,9 +72,16 @@ def plan_of(potentials: Tensor, cost: Tensor, a: Tensor, b: Tensor, epsilon: Ten
         epsilon: ``(*batch,)``.
     """
     phi, gamma = _scaled(potentials, a, b, epsilon)
-    exponent = cost / -epsilon[..., None, None] + phi.unsqueeze(-1) + gamma.unsqueeze(-2)
+    exponent = cost / -epsilon[..., None, None]
+    if in_a_transform(exponent, potentials):
+        exponent = exponent + phi.unsqueeze(-1) + gamma.unsqueeze(-2)
+    else:
+        # The time for a large plan goes into memory that is touched for the first time.
+        exponent = exponent.add_(phi.unsqueeze(-1)).add_(gamma.unsqueeze(-2))
+        if exponent.numel() and bool(exponent.detach().amin() > FLOOR):
+            return exponent.exp_()
     # Thresholds, whose derivatives cost less than those of clamp and where.
-    return torch.threshold(torch.threshold(exponent, FLOOR, FLOOR).exp(), _LEAST, 0.0)
+    return torch.threshold(torch.threshold(exponent, FLOOR, FLOOR).exp_(), _LEAST, 0.0)
 
 
 def _plan_on_the_spot(potentials: Tensor, cost: Tensor, a: Tensor, b: Tensor, epsilon: Tensor) -> Tensor:
@@ -92,6 +106,7 @@ class Marginals(BroadcastingProblem):
     def __init__(self, batch_ndim: int, options: Options) -> None:
         super().__init__(batch_ndim, residual=self.equations, on_failure=options.on_failure)
         self.options = options
+        self._found: tuple[Tensor, Tensor] | None = None
 
     def find(self, x0: Tensor, theta: Sequence[Any]) -> Any:
         """The potentials, status, marginal error and iterations of every element."""
@@ -123,6 +138,7 @@ class Marginals(BroadcastingProblem):
         positive = torch.cat([a, b], -1) > 0
         x = torch.where(finite & positive, x, 0)
         plan = _plan_on_the_spot(x, C, a, b, epsilon)
+        self._found = x, plan
         rows, columns = self.wanted(x, a, b, flat)
         error = torch.maximum((plan.sum(-1) - rows).abs().sum(-1), (plan.sum(-2) - columns).abs().sum(-1))
         status = torch.where((error <= tol * rows.sum(-1)) & (finite | ~positive).all(-1), int(Status.SOLVED), int(Status.MAX_ITER))
@@ -131,7 +147,7 @@ class Marginals(BroadcastingProblem):
         error = torch.where(feasible, error, lacking)
         solution = Solution(x, status, torch.where(usable, error, torch.nan), iterations)
         solution = Solution(*(part.reshape((*batch, *part.shape[1:])) for part in solution))
-        report_failures(solution, self._what(status, theta, batch), self.on_failure)
+        report_failures(solution, what_failed("sinkhorn", status, flat[1], flat[2], wanted=self.inadmissible), self.on_failure)
         return tuple(solution)
 
     @staticmethod
@@ -161,19 +177,9 @@ class Marginals(BroadcastingProblem):
         """The row and column sums that a plan with the potentials x must have."""
         return a, b
 
-    def factorized(self, x: Tensor, flat: Sequence[Tensor]) -> Factor:
-        """The Jacobian at flat points."""
-        return Factor(x, *flat[:4])
-
-    def _what(self, status: Tensor, theta: Sequence[Any], batch: Sequence[int]) -> str:
-        """The name of the solve, with what is wrong with the first marginals that admit no plan."""
-        wrong = (status == Status.PRIMAL_INFEASIBLE).nonzero()
-        if not len(wrong):
-            return "sinkhorn"
-        _, a, b, *_ = (part[int(wrong[0])] for part in flattened(theta, batch, self.core_ndims))
-        if min(float(a.min()), float(b.min())) < 0:
-            return f"sinkhorn (marginals must not be negative; the smallest entry is {min(float(a.min()), float(b.min())):.3g})"
-        return f"sinkhorn ({self.inadmissible}; a sums to {float(a.sum()):.9g}, b to {float(b.sum()):.9g})"
+    def factorized(self, P: Tensor, x: Tensor, flat: Sequence[Tensor]) -> Factor:
+        """The Jacobian at flat points, whose plans are P."""
+        return Factor(P, *flat[1:4])
 
     def operator(self, point: Sequence[Any], transpose: bool) -> Any:
         """The Jacobian of F, equal to its transpose at every point."""
@@ -201,7 +207,8 @@ class Marginals(BroadcastingProblem):
         if not bool(rhs.any()):
             return Solution(torch.zeros_like(rhs), status, rhs.new_zeros(rhs.shape[:-1]), status)
         if self._factor is None:
-            self._factor = self.factorized(x.reshape(-1, n + m), flattened(theta, batch, self.core_ndims))
+            points = flattened(theta, batch, self.core_ndims)
+            self._factor = self.factorized(self._flat_plan(x, theta), x.reshape(-1, n + m), points)
         flat = rhs.reshape(rhs.shape[0] if columns else 1, -1, n + m).permute(1, 2, 0)
         u, residual = self._factor.solve(flat)
         residual = residual.mT.reshape(rhs.shape[:-1])
@@ -218,7 +225,11 @@ class Marginals(BroadcastingProblem):
         weighted = C
         if 0 in which or 3 in which:
             rows, columns = (-u / epsilon.unsqueeze(-1)).split(sizes, -1)
-            weighted = plan_of(x, C, a, b, epsilon) * (rows.unsqueeze(-1) + columns.unsqueeze(-2))
+            weighted = rows.unsqueeze(-1) + columns.unsqueeze(-2)
+            if torch.is_grad_enabled() or in_a_transform(weighted):
+                weighted = weighted * plan_of(x, C, a, b, epsilon)
+            else:
+                weighted = weighted.mul_(self._flat_plan(x, theta).reshape(weighted.shape))
         closed = (
             lambda: weighted,
             lambda: torch.where(a > 0, -left, 0),
@@ -227,28 +238,36 @@ class Marginals(BroadcastingProblem):
         )
         return [closed[i]().sum_to_size(theta[i].shape) for i in which]
 
+    def _flat_plan(self, x: Tensor, theta: Sequence[Any]) -> Tensor:
+        """The plan ``(N, n, m)`` on plain tensors: that of :meth:`find`, if these are its potentials."""
+        x, batch = x.reshape(-1, x.shape[-1]), x.shape[:-1]
+        if self._found is None or not torch.equal(self._found[0], x):
+            self._found = x, _plan_on_the_spot(x, *flattened(theta[:4], batch, self.core_ndims[:4]))
+        return self._found[1]
+
     def deeper(self, size: int) -> Marginals:
         """The same problem with one more leading dimension."""
         return type(self)(self.batch_ndim + 1, self.options)
 
 
 class Factor:
-    """The Jacobian of F at flat points, factorized.
+    """The Jacobian of F for plans P ``(N, n, m)``, factorized.
 
     A subclass that adds to its diagonal sets ``excess`` ``(N, short side)``, what that adds to the diagonal of the Laplacian.
     """
 
     excess: Tensor | None = None
 
-    def __init__(self, x: Tensor, C: Tensor, a: Tensor, b: Tensor, epsilon: Tensor) -> None:
-        self.P, self.epsilon = _plan_on_the_spot(x, C, a, b, epsilon), epsilon[:, None, None]
-        self.flipped = C.shape[-1] > C.shape[-2]
+    def __init__(self, P: Tensor, a: Tensor, b: Tensor, epsilon: Tensor) -> None:
+        self.P, self.epsilon = P, epsilon[:, None, None]
+        self.flipped = P.shape[-1] > P.shape[-2]
         if self.flipped:
             self.P, a, b = self.P.mT, b, a
         self.rows, self.columns = self.P.sum(-1, keepdim=True), self.P.sum(-2).unsqueeze(-1)
         self.held = (a > 0).unsqueeze(-1), (b > 0).unsqueeze(-1)
         self.inverse = torch.where(self.rows > 0, 1 / self.rows, 0)
         self.laplacian: Laplacian | None = None
+        self._graphs: dict[int, Kept | None] = {}
 
     def solve(self, rhs: Tensor) -> tuple[Tensor, Tensor]:
         """The solution of columns ``(N, n + m, k)`` and its relative residual ``(N, k)``."""
@@ -282,25 +301,54 @@ class Factor:
         """The solution of the Laplacian's system, columns ``(N, m, k)``, and the 1-norm of its residual ``(N, k)``."""
         if self.laplacian is None:
             if rhs.shape[-2] >= _ITERATED_FROM and rhs.shape[-1] <= _ITERATED_COLUMNS:
-                found = self._iterate(rhs.mT)
-                if not bool(found.status.any()):
-                    return found.x.mT, found.residual * torch.linalg.vector_norm(rhs, dim=-2)
+                found = [self._iterate(index, part) for index, part in enumerate(rhs)]
+                solved = [each for each in found if each is not None]
+                if len(solved) == len(found):
+                    solutions, residuals = zip(*solved, strict=True)
+                    return torch.stack(solutions), torch.stack(residuals)
             shift = torch.where(self.columns > 0, _SEPARATE * self.columns, 1).squeeze(-1)
             self.laplacian = Laplacian(self.P * self.inverse.sqrt(), shift, self.excess)
         return self.laplacian.refined(rhs)
 
-    def _iterate(self, rhs: Tensor) -> Solution:
-        """Conjugate gradients on rows ``(N, k, m)``, preconditioned by the diagonal; two products with P an iteration."""
-        columns, inverse = self.columns.mT, self.inverse.mT
-        diagonal = columns - inverse @ (self.P * self.P)
-        usable = diagonal > torch.finfo(rhs.dtype).eps * columns
-        scale = torch.where(usable, 1 / torch.where(usable, diagonal, 1), 1)
-        return cg(
-            lambda u: columns * u - ((u @ self.P.mT) * inverse) @ self.P,
-            rhs,
-            preconditioner=lambda r: scale * r,
-            max_iter=_ITERATIONS,
-        )
+    def _iterate(self, index: int, rhs: Tensor) -> tuple[Tensor, Tensor] | None:
+        """The same for one plan and columns ``(m, k)`` by conjugate gradients, or None where they are not to be trusted."""
+        if index not in self._graphs:
+            rows, columns = self.rows[index, :, 0], self.columns[index, :, 0]
+            least = _LOST * min(float(part[part > 0].min()) for part in (rows, columns))
+            plan = Kept(self.P[index], least)
+            self._graphs[index] = plan if _is_connected(plan, rows, columns) else None
+        plan = self._graphs[index]
+        if plan is None:
+            return None
+        columns, inverse = self.columns[index, :, 0], self.inverse[index, :, 0]
+        diagonal = torch.where(columns > 0, columns, 1)
+        scale = 1 / (diagonal - plan.squares_transposed(inverse)).clamp(min=torch.finfo(rhs.dtype).eps * diagonal)
+
+        def product(u: Tensor) -> Tensor:
+            return diagonal * u - plan.transposed(inverse * plan.times(u))
+
+        size = rhs.abs().sum(0)
+        found = [
+            conjugate_gradients(product, scale, each, _ROUNDING * float(norm), plan.limit) for each, norm in zip(rhs.mT, size, strict=True)
+        ]
+        solution = torch.stack([x for x, _ in found], -1)
+        residual = torch.stack([(product(x) - each).abs().sum() for x, each in zip(solution.mT, rhs.mT, strict=True)])
+        return (solution, residual) if bool((residual <= _ITERATED_TO * size).all()) else None
+
+
+def _is_connected(plan: Kept, rows: Tensor, columns: Tensor) -> bool:
+    """Whether every row and column exchanges more than :data:`_LINK` of its mass with those that hang together with the heaviest column.
+
+    Conjugate gradients do not see what hardly exchanges mass, though a derivative may depend on it.
+    """
+    reached = torch.zeros_like(columns)
+    reached[columns.argmax()] = 1
+    before = 0.0
+    while float(reached.sum()) > before:
+        before = float(reached.sum())
+        across = (plan.times(reached) > _LINK * rows).to(rows.dtype)
+        reached = torch.maximum(reached, (plan.transposed(across) > _LINK * columns).to(rows.dtype))
+    return bool(((reached > 0) | (columns == 0)).all() & ((across > 0) | (rows == 0)).all())
 
 
 class DualValue(ExplicitProblem):
@@ -342,11 +390,3 @@ class DualValue(ExplicitProblem):
         f, g = potentials.split(list(C.shape[-2:]), -1)
         mass = (a.sum(-1) + b.sum(-1)) / 2
         return v - ((a * f).sum(-1) + (b * g).sum(-1) + epsilon * (mass - P.sum((-1, -2)))).unsqueeze(-1)
-
-
-def flattened(theta: Sequence[Any], batch: Sequence[int], core_ndims: Sequence[int]) -> tuple[Tensor, ...]:
-    """The arguments with one batch dimension."""
-    return tuple(
-        part.expand((*batch, *part.shape[part.dim() - core :])).reshape(math.prod(batch), *part.shape[part.dim() - core :])
-        for part, core in zip(theta, core_ndims, strict=True)
-    )

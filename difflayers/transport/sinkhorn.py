@@ -14,7 +14,7 @@ arXiv:1803.00567; Eisenberger et al., A unified framework for implicit Sinkhorn 
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,8 @@ from ..errors import ShapeError
 from ..implicit.closure import visible_to_modes
 from ..implicit.eager import eager
 from ..implicit.function import ImplicitFunction
-from ..solution import OnFailure, Status
+from ..solution import OnFailure
+from .arguments import BALANCED, cleaned, filled_where_lost, validate
 from .marginals import DualValue, Marginals, Options, plan_of
 from .potentials import Method
 from .unbalanced import Penalty, PricedDualValue, PricedMarginals, prices_of
@@ -31,12 +32,11 @@ from .unrolled import unrolled_potentials
 
 __all__ = ["SinkhornLayer", "TransportSolution", "sinkhorn"]
 
-# Relative differences of the masses of a and b that count as rounding.
-_BALANCED = {torch.float64: 1e-9, torch.float32: 1e-5}
-
 
 class TransportSolution(NamedTuple):
     """What :func:`sinkhorn` returns; plan, f, g, value and dual_value are differentiable.
+
+    :func:`~difflayers.transport.sparse_transport` returns it, too, and says there what differs.
 
     Attributes:
         plan: ``(*batch, n, m)``, exp((f ⊕ g − cost)/ε).
@@ -96,7 +96,8 @@ def sinkhorn(
         marginal_penalty: ρ, what missing the marginals costs (``reg_m`` of other packages, or the ``reach`` to the power of the cost), in
             units of the cost: a positive number, or a tensor ``(*batch,)`` of finite ones, which is differentiated too; or a pair for the
             rows and the columns. None or infinity: they are met; one of a pair: only the other side is relaxed.
-        method: "sinkhorn", "newton", or "auto": sweeps, and Newton's method where they converge slowly.
+        method: "sinkhorn", "newton", "sparse_newton" (steps by conjugate gradients on the large entries, for large plans whose marginals
+            are met), or "auto": sweeps, and where they converge slowly Newton's method, the sparse one if the plan is large.
         backward: "implicit", or "unroll", which lets autograd follow plain sweeps: slow and inexact, to compare with.
         tol: marginal error of a solved element, relative to the mass of the plan. None: 1e-10 (float64), 1e-6 (float32). Where ε is so
             small that rounding alone costs more, the rounding counts.
@@ -124,17 +125,17 @@ def sinkhorn(
         tensor([[0.4404, 0.0596],
                 [0.0596, 0.4404]])
     """
-    if method not in ("auto", "sinkhorn", "newton"):
-        raise ValueError(f"method={method!r} is not known; choose 'auto', 'sinkhorn' or 'newton'")
+    if method not in get_args(Method):
+        raise ValueError(f"method={method!r} is not known; choose one of {', '.join(map(repr, get_args(Method)))}")
     if backward not in ("implicit", "unroll"):
         raise ValueError(f"backward={backward!r} is not known; choose 'implicit' or 'unroll'")
     if max_iter is not None and max_iter < 1:
         raise ValueError(f"max_iter must be at least 1, got {max_iter}")
-    batch, given = _validate(cost, a, b, epsilon)
+    batch, given = validate(cost, a, b, epsilon)
     prices = prices_of(marginal_penalty, cost) or ()
     if prices:
-        if backward == "unroll":
-            raise ValueError("backward='unroll' knows no marginal_penalty; use 'implicit'")
+        if backward == "unroll" or method == "sparse_newton":
+            raise ValueError("backward='unroll' and method='sparse_newton' know no marginal_penalty; use the defaults")
         try:
             batch = tuple(torch.broadcast_shapes(batch, *(price.shape for price in prices)))
         except RuntimeError as error:
@@ -142,16 +143,8 @@ def sinkhorn(
             raise ShapeError(f"the batch dimensions {shapes} of marginal_penalty do not broadcast with {batch}") from error
     dtype = cost.dtype
     tol = (1e-10 if dtype == torch.float64 else 1e-6) if tol is None else tol
-    options = Options(method, tol, max_iter, on_failure, _BALANCED.get(dtype, 1e-2))
-    C, a, b, eps = (part.to(torch.float64) for part in given)
-    # A sum is finite if its terms are; asking each term takes longer.
-    usable = torch.isfinite(C.sum((-1, -2)) + a.sum(-1) + b.sum(-1) + eps) & (eps > 0)
-    for price in prices:
-        usable = usable & torch.isfinite(price) & (price >= 0) & (sum(prices) > 0)
-    # A NaN would come back as 0 · NaN in the gradients, and so would the logarithm of a zero marginal.
-    C, eps = torch.where(usable[..., None, None], C, 0), torch.where(usable, eps, 1)
-    a, b = (torch.where(usable.unsqueeze(-1), torch.where(part != 0, part, 0), 1 / part.shape[-1]) for part in (a, b))
-    prices = [torch.where(usable, price, 1) for price in prices]
+    options = Options(method, tol, max_iter, on_failure, BALANCED.get(dtype, 1e-2))
+    C, a, b, eps, *prices, usable = cleaned(given, prices)
     start = C.new_zeros(*batch, sum(C.shape[-2:]))
     start, C, a, b, eps, usable, *prices = visible_to_modes([start, C, a, b, eps, usable, *prices])
     if backward == "unroll":
@@ -169,10 +162,7 @@ def sinkhorn(
         half = (((a * f).sum(-1) - (b * g).sum(-1)) / torch.where(mass > 0, 2 * mass, 1)).unsqueeze(-1)
         f, g = f - half, g + half
     f, g = torch.where(a > 0, f, -torch.inf), torch.where(b > 0, g, -torch.inf)
-    found = [plan, f, g, value, dual]
-    if on_failure != "raise":
-        lost = status != Status.SOLVED if on_failure == "nan" else status == Status.NUMERICAL_ERROR
-        found = [torch.where(lost.reshape((*lost.shape, *[1] * (part.dim() - lost.dim()))), torch.nan, part) for part in found]
+    found = filled_where_lost([plan, f, g, value, dual], status, on_failure)
     return TransportSolution(*(part.to(dtype) for part in found), status, error.to(dtype), iterations)
 
 
@@ -265,32 +255,3 @@ class SinkhornLayer(nn.Module):
         options = {"method": self.method, "backward": self.backward_mode, "tol": self.tol, "max_iter": self.max_iter}
         shown += [f"{name}={value!r}" for name, value in options.items() if value not in (None, "auto", "implicit")]
         return ", ".join(shown)
-
-
-def _validate(
-    cost: Tensor, a: Tensor | None, b: Tensor | None, epsilon: float | Tensor
-) -> tuple[tuple[int, ...], tuple[Tensor, Tensor, Tensor, Tensor]]:
-    """The batch shape, and all the arguments as tensors."""
-    if not isinstance(cost, Tensor) or not cost.is_floating_point():
-        raise ShapeError(f"cost must be a floating tensor, got {cost.dtype if isinstance(cost, Tensor) else type(cost).__name__}")
-    if cost.dim() < 2 or 0 in cost.shape[-2:]:
-        raise ShapeError(f"cost must have the shape (*batch, n, m) with n, m ≥ 1, got {tuple(cost.shape)}")
-    n, m = cost.shape[-2:]
-    a = cost.new_full((n,), 1 / n) if a is None else a
-    b = cost.new_full((m,), 1 / m) if b is None else b
-    for name, value, size in (("a", a, n), ("b", b, m)):
-        if not isinstance(value, Tensor) or value.dtype != cost.dtype or value.device != cost.device:
-            came = f"{value.dtype} on {value.device}" if isinstance(value, Tensor) else type(value).__name__
-            raise ShapeError(f"{name} must be a tensor like the cost ({cost.dtype} on {cost.device}), got {came}; convert one of them")
-        if value.dim() < 1 or value.shape[-1] != size:
-            raise ShapeError(f"{name} must have the shape (*batch, {size}) for a cost (*batch, {n}, {m}), got {tuple(value.shape)}")
-    if not isinstance(epsilon, Tensor):
-        if not 0 < epsilon < float("inf"):
-            raise ValueError(f"epsilon must be positive, got {epsilon}; the unregularized problem is a linear program, see solve_qp")
-        epsilon = torch.full((), epsilon, dtype=torch.float64, device=cost.device)
-    try:
-        batch = torch.broadcast_shapes(cost.shape[:-2], a.shape[:-1], b.shape[:-1], epsilon.shape)
-    except RuntimeError as error:
-        shapes = ", ".join(str(tuple(part.shape)) for part in (cost, a, b, epsilon))
-        raise ShapeError(f"batch dimensions of cost, a, b and epsilon do not broadcast: {shapes}") from error
-    return tuple(batch), (cost, a, b, epsilon)

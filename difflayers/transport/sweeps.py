@@ -30,8 +30,8 @@ __all__ = ["FLOOR", "STRIDE", "Scaled", "Swept", "log_sums", "sweep", "wanted"]
 # exp is many times slower where it underflows, and so are products of numbers next to zero: exponents are cut off here.
 FLOOR = -300.0
 
-# Sweeps between two looks at the marginals.
-STRIDE = 10
+# Sweeps between two looks at the rate of convergence. With so many entries the error is looked at after each of them.
+STRIDE, _LARGE = 10, 100_000
 
 # Scalings beyond e^±_GROWN are absorbed.
 _GROWN = 50.0
@@ -102,25 +102,28 @@ def sweep(problem: Scaled, gamma: Tensor, tol: Tensor, *, max_iter: int, patienc
     before = found.error
     done = 0
     while index.numel():
-        stride = min(STRIDE, max_iter - done)
+        stride = min(1 if left.X[0].numel() >= _LARGE else STRIDE, max_iter - done)
         kernel.sweep(stride)
         done += stride
         error = kernel.row_error()
         target = tol[index]
-        to_come = torch.log(error / target) / torch.log(before / error).clamp(min=1e-300) * STRIDE
-        # The first look has nothing to compare with.
-        stop = ~(error > target) | ((to_come > patience) & torch.isfinite(before)) | (done >= max_iter)
+        stop = ~(error > target) | (done >= max_iter)
+        compared = done % STRIDE == 0
+        if compared:
+            to_come = torch.log(error / target) / torch.log(before / error).clamp(min=1e-300) * STRIDE
+            # The first look has nothing to compare with.
+            stop = stop | ((to_come > patience) & torch.isfinite(before))
+            before = error
         if bool(stop.any()):
             phi, gamma = kernel.potentials()
             for target_part, source in zip(found, (phi, gamma, error, torch.full_like(index, done)), strict=True):
                 target_part[index[stop]] = source[stop]
             keep = (~stop).nonzero().squeeze(-1)
             if keep.numel() < index.numel():
-                index, left, error = index[keep], left.take(keep), error[keep]
+                index, left, before = index[keep], left.take(keep), before[keep]
                 kernel = kernel.take(keep)
         elif kernel.has_grown():
             kernel = _Kernel(left, kernel.potentials()[1])
-        before = error
     return found
 
 

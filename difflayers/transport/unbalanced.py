@@ -109,9 +109,9 @@ class PricedMarginals(Marginals):
         x, _, a, b, epsilon, *prices, _ = point
         return super().diagonal(P, point) + torch.cat(_added(x, a, b, epsilon, prices), -1)
 
-    def factorized(self, x: Tensor, flat: Sequence[Tensor]) -> Factor:
-        """The Jacobian at flat points."""
-        return _PricedFactor(x, *flat[:6])
+    def factorized(self, P: Tensor, x: Tensor, flat: Sequence[Tensor]) -> Factor:
+        """The Jacobian at flat points, whose plans are P."""
+        return _PricedFactor(P, x, *flat[1:6])
 
     def pullback(self, x: Tensor, theta: Sequence[Any], which: Sequence[int], u: Tensor) -> Sequence[Tensor]:
         """(∂F/∂θ)ᵀ u in closed form."""
@@ -136,8 +136,8 @@ def _added(x: Tensor, a: Tensor, b: Tensor, epsilon: Tensor, prices: Sequence[Te
 class _PricedFactor(Factor):
     """The same elimination, with a longer diagonal."""
 
-    def __init__(self, x: Tensor, C: Tensor, a: Tensor, b: Tensor, epsilon: Tensor, left: Tensor, right: Tensor) -> None:
-        super().__init__(x, C, a, b, epsilon)
+    def __init__(self, P: Tensor, x: Tensor, a: Tensor, b: Tensor, epsilon: Tensor, left: Tensor, right: Tensor) -> None:
+        super().__init__(P, a, b, epsilon)
         added = [part.unsqueeze(-1) for part in _added(x, a, b, epsilon, (left, right))]
         long, short = added[::-1] if self.flipped else added
         diagonal = self.rows + long

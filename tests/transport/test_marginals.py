@@ -8,7 +8,9 @@ from torch import Tensor
 from torch.func import jacrev
 
 from difflayers.transport import sinkhorn
-from difflayers.transport.marginals import Marginals, Options, plan_of
+from difflayers.transport.kept import Kept
+from difflayers.transport.laplacian import Laplacian
+from difflayers.transport.marginals import Marginals, Options, _is_connected, plan_of
 from tests.transport.problems import marginal, random_cost
 
 OPTIONS = Options("auto", 1e-12, None, "raise", 1e-9)
@@ -63,5 +65,29 @@ def test_conjugate_gradients_and_the_factorization_agree(epsilon: float, monkeyp
         plan = sinkhorn(cost, a, epsilon=epsilon, tol=1e-13).plan
         slopes.append(torch.autograd.grad((weights * plan).sum(), (cost, a)))
     torch.testing.assert_close(slopes[0][0], slopes[1][0], rtol=1e-6, atol=1e-9 * float(slopes[0][0].abs().max()))
-    if epsilon > 0.1:
-        torch.testing.assert_close(slopes[0][1], slopes[1][1], rtol=1e-8, atol=1e-10)
+    torch.testing.assert_close(slopes[0][1], slopes[1][1], rtol=1e-8, atol=1e-10)
+
+
+def test_a_large_sparse_plan_and_the_factorization_agree(monkeypatch: pytest.MonkeyPatch) -> None:
+    cost, a, b = random_cost(320, 300).requires_grad_(), marginal(320).requires_grad_(), marginal(300, seed=1).requires_grad_()
+    weights = random_cost(320, 300, seed=5)
+    slopes, factorized = [], []
+    right = Laplacian.refined
+    monkeypatch.setattr(Laplacian, "refined", lambda *args: factorized.append(1) or right(*args))
+    for limit in (300, 10**9):
+        monkeypatch.setattr("difflayers.transport.marginals._ITERATED_FROM", limit)
+        plan = sinkhorn(cost, a, b, epsilon=3e-3, tol=1e-13).plan
+        slopes.append(torch.autograd.grad((weights * plan).sum(), (cost, a, b)))
+        assert len(factorized) == (limit > 300)
+    for one, other in zip(*slopes, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-8, atol=1e-9 * float(other.abs().max()))
+
+
+def test_groups_that_hardly_exchange_mass_are_seen() -> None:
+    P = torch.block_diag(random_cost(6, 5) + 0.1, random_cost(5, 6, seed=1) + 0.1)
+    for link, connected in ((1e-3, True), (1e-7, False)):
+        P[0, 7] = link
+        assert _is_connected(Kept(P, 1e-12), P.sum(1), P.sum(0)) == connected
+    # Lines and columns without mass do not count.
+    P = torch.nn.functional.pad(random_cost(4, 3), (1, 0, 1, 0))
+    assert _is_connected(Kept(P, 1e-12), P.sum(1), P.sum(0))
