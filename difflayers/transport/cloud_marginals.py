@@ -21,7 +21,7 @@ from ..solvers.linear import cg
 from .arguments import flattened, what_failed
 from .blocks import blockwise
 from .cloud_sweeps import Cloud, PairCost, find_cloud_potentials
-from .marginals import DualValue, Factor, Marginals, Options, plan_of
+from .marginals import DualValue, Factor, Marginals, Options
 from .potentials import find_potentials
 from .sweeps import FLOOR, Scaled
 
@@ -55,7 +55,7 @@ class CloudMarginals(Marginals):
         numbers = torch.tensor([part[1:] for part in parts], dtype=torch.float64, device=x0.device).reshape(count, 3)
         status, error, iterations = numbers[:, 0].to(torch.int64), numbers[:, 1], numbers[:, 2].to(torch.int64)
         solution = Solution(z.reshape(x0.shape).clone(), *(part.reshape(batch) for part in (status, error, iterations)))
-        report_failures(solution, what_failed("sinkhorn_points", status, flat[1], flat[2], wanted=self.inadmissible), self.on_failure)
+        report_failures(solution, what_failed("sinkhorn_points", status, flat[1], flat[2]), self.on_failure)
         return tuple(solution)
 
     def _find_one(self, x: Tensor, a: Tensor, b: Tensor, epsilon: Tensor, y: Tensor, usable: Tensor) -> tuple[Tensor, int, float, int]:
@@ -196,8 +196,9 @@ class _WholeFactor:
     def __init__(
         self, z: Tensor, x: Tensor, a: Tensor, b: Tensor, epsilon: Tensor, y: Tensor, usable: Tensor, cost: PairCost | None, block: int
     ) -> None:
-        C = Cloud(x, y, float(epsilon), cost, block).scaled_cost() * epsilon
-        self.factor = Factor(*(part.unsqueeze(0) for part in (plan_of(z, C, a, b, epsilon), a, b, epsilon)))
+        phi, gamma = (part.squeeze(-1) for part in _scaled(z, a, b, epsilon))
+        P = torch.cat([K.clone() for _, K in Cloud(x, y, float(epsilon), cost, block).kernel(phi, gamma)])
+        self.factor = Factor(*(part.unsqueeze(0) for part in (torch.threshold(P, _LEAST, 0.0), a, b, epsilon)))
 
     def solve(self, rhs: Tensor) -> tuple[Tensor, Tensor]:
         """The solution of rows ``(k, n + m)`` and its relative residual ``(k,)``."""

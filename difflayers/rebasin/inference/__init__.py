@@ -7,7 +7,7 @@ the rules of the operations, ``tracing`` puts them together.
 from .calls import Call, Rule, Terms, Traced, Unprovable
 from .terms import concatenate, cut, fix, multiply, reshape, split, unify
 from .tracing import Override, infer_axes
-from .verification import Example, verify
+from .probe import Example
 
 __all__ = [
     "Call",
@@ -25,5 +25,4 @@ __all__ = [
     "reshape",
     "split",
     "unify",
-    "verify",
 ]

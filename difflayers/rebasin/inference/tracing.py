@@ -21,7 +21,7 @@ from .calls import Call, Rule, Terms, Traced, Unprovable, elementwise, fixed, fi
 from .modules import MODULES
 from .operations import OPERATIONS
 from .terms import Term, Unknown, is_fixed, resolve
-from .verification import Example, prepared
+from .probe import Example, prepared
 
 __all__ = ["Override", "infer_axes"]
 
