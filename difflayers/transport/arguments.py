@@ -12,7 +12,17 @@ from torch import Tensor
 from ..errors import ShapeError
 from ..solution import OnFailure, Status
 
-__all__ = ["BALANCED", "cleaned", "filled_where_lost", "flattened", "infeasibility", "validate", "what_failed"]
+__all__ = [
+    "BALANCED",
+    "check_clouds",
+    "cleaned",
+    "filled_where_lost",
+    "flattened",
+    "infeasibility",
+    "validate",
+    "what_failed",
+    "with_masses",
+]
 
 # Relative differences of the masses of a and b that count as rounding.
 BALANCED = {torch.float64: 1e-9, torch.float32: 1e-5}
@@ -35,24 +45,68 @@ def validate(
     if cost.dim() < 2 or 0 in cost.shape[-2:]:
         raise ShapeError(f"cost must have the shape (*batch, n, m) with n, m ≥ 1, got {tuple(cost.shape)}")
     n, m = cost.shape[-2:]
-    a = cost.new_full((n,), 1 / n) if a is None else a
-    b = cost.new_full((m,), 1 / m) if b is None else b
-    for side, value, size in (("a", a, n), ("b", b, m)):
-        if not isinstance(value, Tensor) or value.dtype != cost.dtype or value.device != cost.device:
+    batch, masses = with_masses(cost, (n, m), [cost.shape[:-2]], a, b, strength, name)
+    return batch, (cost, *masses)
+
+
+def check_clouds(x: Tensor, y: Tensor) -> None:
+    """Refuse what is not two clouds of points that can be compared.
+
+    Args:
+        x: ``(*batch, n, d)``.
+        y: ``(*batch, m, d)``.
+    """
+    for name, value in (("x", x), ("y", y)):
+        if not isinstance(value, Tensor) or not value.is_floating_point() or value.dim() < 2 or 0 in value.shape[-2:]:
+            came = f"{tuple(value.shape)} {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
+            raise ShapeError(f"{name} must be floating points (*batch, n, d) with n, d ≥ 1, got {came}")
+    if x.shape[-1] != y.shape[-1] or x.dtype != y.dtype or x.device != y.device:
+        raise ShapeError(
+            f"both clouds must have points of one dimension, dtype and device: got {tuple(x.shape)} {x.dtype} on {x.device} and "
+            f"{tuple(y.shape)} {y.dtype} on {y.device}"
+        )
+
+
+def with_masses(
+    like: Tensor,
+    sizes: tuple[int, int],
+    batches: Sequence[Sequence[int]],
+    a: Tensor | None,
+    b: Tensor | None,
+    strength: float | Tensor,
+    name: str,
+) -> tuple[tuple[int, ...], tuple[Tensor, Tensor, Tensor]]:
+    """The batch shape, and both marginals and the strength as tensors.
+
+    Args:
+        like: the cost or the points, of the dtype and on the device that the marginals must have.
+        sizes: n and m.
+        batches: batch shapes of the other arguments.
+        a: ``(*batch, n)`` or None.
+        b: ``(*batch, m)`` or None.
+        strength: of the regularization, a positive number or ``(*batch,)``.
+        name: what its argument is called.
+    """
+    found = []
+    for side, value, size in (("a", a, sizes[0]), ("b", b, sizes[1])):
+        value = like.new_full((size,), 1 / size) if value is None else value
+        if not isinstance(value, Tensor) or value.dtype != like.dtype or value.device != like.device:
             came = f"{value.dtype} on {value.device}" if isinstance(value, Tensor) else type(value).__name__
-            raise ShapeError(f"{side} must be a tensor like the cost ({cost.dtype} on {cost.device}), got {came}; convert one of them")
+            raise ShapeError(f"{side} must be a tensor like the cost ({like.dtype} on {like.device}), got {came}; convert one of them")
         if value.dim() < 1 or value.shape[-1] != size:
-            raise ShapeError(f"{side} must have the shape (*batch, {size}) for a cost (*batch, {n}, {m}), got {tuple(value.shape)}")
+            raise ShapeError(f"{side} must have the shape (*batch, {size}) for n = {sizes[0]}, m = {sizes[1]}, got {tuple(value.shape)}")
+        found.append(value)
     if not isinstance(strength, Tensor):
         if not 0 < strength < float("inf"):
             raise ValueError(f"{name} must be positive, got {strength}; the unregularized problem is a linear program, see solve_qp")
-        strength = torch.full((), strength, dtype=torch.float64, device=cost.device)
+        strength = torch.full((), strength, dtype=torch.float64, device=like.device)
+    shapes = [*batches, *(value.shape[:-1] for value in found), strength.shape]
     try:
-        batch = torch.broadcast_shapes(cost.shape[:-2], a.shape[:-1], b.shape[:-1], strength.shape)
+        batch = torch.broadcast_shapes(*shapes)
     except RuntimeError as error:
-        shapes = ", ".join(str(tuple(part.shape)) for part in (cost, a, b, strength))
-        raise ShapeError(f"batch dimensions of cost, a, b and {name} do not broadcast: {shapes}") from error
-    return tuple(batch), (cost, a, b, strength)
+        shown = ", ".join(str(tuple(shape)) for shape in shapes)
+        raise ShapeError(f"batch dimensions do not broadcast: {shown} (the last three: a, b and {name})") from error
+    return tuple(batch), (found[0], found[1], strength)
 
 
 def cleaned(given: Sequence[Tensor], prices: Sequence[Tensor] = ()) -> tuple[Tensor, ...]:

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from ..errors import ShapeError
 from ..solution import OnFailure, Status
+from .arguments import check_clouds
 from .points import PointsSolution, sinkhorn_points
 from .sinkhorn import TransportSolution, sinkhorn
 from .unbalanced import Penalty
@@ -100,7 +101,7 @@ def sinkhorn_divergence(
         >>> sinkhorn_divergence(x, x + shift, epsilon=0.1).value        # a translation: its squared length
         tensor(0.2500)
     """
-    _check_clouds(x, y)
+    check_clouds(x, y)
     if block_size is not None:
         if marginal_penalty is not None:
             raise ValueError("block_size and marginal_penalty do not go together; leave one of them out")
@@ -155,7 +156,7 @@ def monge_gap(
         >>> monge_gap(x, -x, epsilon=0.01).value > 1                    # decreasing: the worst there is
         tensor(True)
     """
-    _check_clouds(x, mapped_x)
+    check_clouds(x, mapped_x)
     if x.shape[-2] != mapped_x.shape[-2]:
         raise ShapeError(f"mapped_x must have a point for each of x: got {mapped_x.shape[-2]} and {x.shape[-2]}")
     costs = _guarded(cost)(x, mapped_x)
@@ -243,15 +244,3 @@ def _together(value: Tensor, found: Sequence[TransportSolution] | Sequence[Point
         value = torch.where(status != Status.SOLVED, torch.nan, value)
     errors, iterations = torch.broadcast_tensors(*(part.marginal_error for part in found)), [part.iterations for part in found]
     return DivergenceSolution(value, status, torch.stack(errors).amax(0), torch.stack(torch.broadcast_tensors(*iterations)).sum(0))
-
-
-def _check_clouds(x: Tensor, y: Tensor) -> None:
-    for name, value in (("x", x), ("y", y)):
-        if not isinstance(value, Tensor) or not value.is_floating_point() or value.dim() < 2:
-            came = f"{tuple(value.shape)} {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
-            raise ShapeError(f"{name} must be floating points (*batch, n, d), got {came}")
-    if x.shape[-1] != y.shape[-1] or x.dtype != y.dtype or x.device != y.device:
-        raise ShapeError(
-            f"both clouds must have points of one dimension, dtype and device: got {tuple(x.shape)} {x.dtype} on {x.device} and "
-            f"{tuple(y.shape)} {y.dtype} on {y.device}"
-        )

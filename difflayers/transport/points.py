@@ -27,7 +27,7 @@ from ..implicit.closure import hoist, visible_to_modes
 from ..implicit.eager import eager
 from ..implicit.function import ImplicitFunction
 from ..solution import OnFailure
-from .arguments import BALANCED, filled_where_lost
+from .arguments import BALANCED, check_clouds, filled_where_lost, with_masses
 from .blocks import blockwise
 from .cloud_marginals import CloudDualValue, CloudMarginals, Means, distances
 from .cloud_sweeps import PairCost
@@ -222,31 +222,6 @@ def _validate(
     x: Tensor, y: Tensor, a: Tensor | None, b: Tensor | None, epsilon: float | Tensor
 ) -> tuple[tuple[int, ...], tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]:
     """The batch shape, and all the arguments as tensors."""
-    for name, value in (("x", x), ("y", y)):
-        if not isinstance(value, Tensor) or not value.is_floating_point() or value.dim() < 2 or 0 in value.shape[-2:]:
-            came = f"{tuple(value.shape)} {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
-            raise ShapeError(f"{name} must be floating points (*batch, n, d) with n, d ≥ 1, got {came}")
-    if x.shape[-1] != y.shape[-1] or x.dtype != y.dtype or x.device != y.device:
-        raise ShapeError(
-            f"both clouds must have points of one dimension, dtype and device: got {tuple(x.shape)} {x.dtype} on {x.device} and "
-            f"{tuple(y.shape)} {y.dtype} on {y.device}"
-        )
-    n, m = x.shape[-2], y.shape[-2]
-    a = x.new_full((n,), 1 / n) if a is None else a
-    b = y.new_full((m,), 1 / m) if b is None else b
-    for name, value, size in (("a", a, n), ("b", b, m)):
-        if not isinstance(value, Tensor) or value.dtype != x.dtype or value.device != x.device:
-            came = f"{value.dtype} on {value.device}" if isinstance(value, Tensor) else type(value).__name__
-            raise ShapeError(f"{name} must be a tensor like the points ({x.dtype} on {x.device}), got {came}; convert one of them")
-        if value.dim() < 1 or value.shape[-1] != size:
-            raise ShapeError(f"{name} must have the shape (*batch, {size}), got {tuple(value.shape)}")
-    if not isinstance(epsilon, Tensor):
-        if not 0 < epsilon < math.inf:
-            raise ValueError(f"epsilon must be positive, got {epsilon}")
-        epsilon = torch.full((), epsilon, dtype=torch.float64, device=x.device)
-    try:
-        batch = torch.broadcast_shapes(x.shape[:-2], y.shape[:-2], a.shape[:-1], b.shape[:-1], epsilon.shape)
-    except RuntimeError as error:
-        shapes = ", ".join(str(tuple(part.shape)) for part in (x, y, a, b, epsilon))
-        raise ShapeError(f"batch dimensions of x, y, a, b and epsilon do not broadcast: {shapes}") from error
-    return tuple(batch), (x, y, a, b, epsilon)
+    check_clouds(x, y)
+    batch, masses = with_masses(x, (x.shape[-2], y.shape[-2]), [x.shape[:-2], y.shape[:-2]], a, b, epsilon, "epsilon")
+    return batch, (x, y, *masses)

@@ -5,9 +5,9 @@ the rules of the operations, ``tracing`` puts them together.
 """
 
 from .calls import Call, Rule, Terms, Traced, Unprovable
+from .probe import Example
 from .terms import concatenate, cut, fix, multiply, reshape, split, unify
 from .tracing import Override, infer_axes
-from .probe import Example
 
 __all__ = [
     "Call",

@@ -20,8 +20,8 @@ from ..axes import Axis, Concatenation, Fixed, Group, Product
 from .calls import Call, Rule, Terms, Traced, Unprovable, elementwise, fixed, fixed_all, traced_in
 from .modules import MODULES
 from .operations import OPERATIONS
-from .terms import Term, Unknown, is_fixed, resolve
 from .probe import Example, prepared
+from .terms import Term, Unknown, is_fixed, resolve
 
 __all__ = ["Override", "infer_axes"]
 
