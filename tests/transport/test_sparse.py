@@ -392,7 +392,7 @@ def test_arguments_that_do_not_fit() -> None:
         sparse_transport(C, a, b, gamma=1.0, max_iter=0)
     with pytest.raises(ShapeError, match=r"b must have the shape \(\*batch, 5\)"):
         sparse_transport(C, a, a, gamma=1.0)
-    with pytest.raises(ShapeError, match="do not broadcast: .*a, b and gamma"):
+    with pytest.raises(ShapeError, match=r"do not broadcast: .*a, b and gamma"):
         sparse_transport(C.expand(2, 7, 5), a, b, gamma=torch.ones(3, dtype=torch.float64))
 
 
