@@ -179,12 +179,14 @@ def _linear_step(a: Mapping[str, Tensor], b: Mapping[str, Tensor], places: Seque
     return step, sum(float((left[moved].double() * (right[step[moved]].double() - right[moved].double())).sum()) for left, right in pairs)
 
 
+@torch.inference_mode(mode=False)  # gradients need a graph
 def _frank_wolfe(spec: PermutationSpec, group: str, a: Mapping[str, Tensor], b: Mapping[str, Tensor], tol: float) -> Tensor:
     """A permutation of one group that makes ⟨a, b permuted⟩ large, from the identity through the doubly stochastic matrices."""
-    b = {name: tensor.double() for name, tensor in b.items()}
+    # Copies, for tensors of inference mode have no place in a graph.
+    a, b = ({name: each[name].to(torch.float64, copy=True) for name in b} for each in (a, b))
 
     def objective(D: Tensor) -> Tensor:
-        return torch.stack([(a[name].double() * tensor).sum() for name, tensor in spec.apply(b, {group: D}).items()]).sum()
+        return torch.stack([(a[name] * tensor).sum() for name, tensor in spec.apply(b, {group: D}).items()]).sum()
 
     eye = torch.eye(spec.sizes[group], dtype=torch.float64, device=next(iter(b.values())).device)
     D = eye.clone()
