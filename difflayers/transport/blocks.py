@@ -83,15 +83,17 @@ class _BlockSum(ExplicitProblem):
         """The value, on plain tensors."""
         theta = self._expanded(x0, theta)
         rows, others = theta[: self.rows], theta[self.rows :]
-        per_row: list[list[Tensor]] = [[] for _ in self.outputs[0]]
-        sums: list[Tensor] = [x0.new_zeros(*x0.shape[:-1], *shape) for shape in self.outputs[1]]
-        for part in zip(*(leaf.split(self.block, -2) for leaf in rows), strict=True):
-            outputs, contributions = self.function(part, others)
-            for pieces, piece in zip(per_row, outputs, strict=True):
-                pieces.append(piece)
-            for total, contribution in zip(sums, contributions, strict=True):
-                total += contribution
-        return (torch.cat([leaf.flatten(-2) for leaf in [*(torch.cat(pieces, -2) for pieces in per_row), *sums]], -1),)
+        # What is kept has its place from the start: small pieces kept among freed blocks would leave memory in shreds.
+        total = x0.new_zeros(x0.shape)
+        per_row, sums = self.split(total, rows[0].shape[-2])
+        for start in range(0, rows[0].shape[-2], self.block):
+            place = slice(start, start + self.block)
+            outputs, contributions = self.function([leaf[..., place, :] for leaf in rows], others)
+            for kept, piece in zip(per_row, outputs, strict=True):
+                kept[..., place, :] = piece
+            for kept, contribution in zip(sums, contributions, strict=True):
+                kept += contribution
+        return (total,)
 
     def pullback(self, x: Tensor, theta: Sequence[Any], which: Sequence[int], u: Tensor) -> Sequence[Tensor]:
         """−X'ᵀ u, in blocks."""
