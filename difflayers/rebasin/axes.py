@@ -100,11 +100,10 @@ def transform(tensor: Tensor, dim: int, axis: Axis, matrices: Mapping[str, Tenso
         axis: what that dimension is made of.
         matrices: group → ``(n, n)``, [i, j] the part of old unit j in new unit i. Groups that are not there stay.
     """
-    if not any(isinstance(leaf, Group) and leaf.name in matrices for leaf in leaves(axis)):
+    if isinstance(axis, Fixed) or not any(isinstance(leaf, Group) and leaf.name in matrices for leaf in leaves(axis)):
         return tensor
     if isinstance(axis, Group):
         return torch.tensordot(matrices[axis.name], tensor, dims=([1], [dim])).movedim(0, dim)
-    assert isinstance(axis, Product | Concatenation)
     sizes = [part.size for part in axis.parts]
     if isinstance(axis, Concatenation):
         pieces = tensor.split(sizes, dim)
@@ -116,7 +115,12 @@ def transform(tensor: Tensor, dim: int, axis: Axis, matrices: Mapping[str, Tenso
 
 
 def positions(axis: Axis, group: str) -> list[Tensor]:
-    """For each place of the group in the axis: int64 ``(n, r)``, row i the r entries of the axis that belong to unit i."""
+    """For each place of the group in the axis: int64 ``(n, r)``, row i the r entries of the axis that belong to unit i.
+
+    Args:
+        axis: the axis.
+        group: name of a group.
+    """
     if isinstance(axis, Group):
         return [torch.arange(axis.size).unsqueeze(-1)] if axis.name == group else []
     if isinstance(axis, Fixed):

@@ -25,12 +25,12 @@ from torch import Tensor
 from ..errors import ConvergenceWarning, ShapeError
 from .assignment import assign, rows
 from .axes import Group, leaves, positions
+from .running import STATISTICS
 from .signatures import outward
 from .spec import Occurrence, PermutationSpec
 
 __all__ = ["weight_matching"]
 
-_STATISTICS = ("running_mean", "running_var")
 _ROUNDING = 1e-12  # relative to the norms; a smaller rise is rounding
 _FRANK_WOLFE_STEPS = 30
 
@@ -94,11 +94,17 @@ def weight_matching(
 def comparable(
     spec: PermutationSpec, params_a: Mapping[str, Tensor], params_b: Mapping[str, Tensor]
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The weights of both that count, on the device of a, and no less than float32."""
+    """The weights of both that count, on the device of a, and no less than float32.
+
+    Args:
+        spec: the symmetries of the network.
+        params_a: name → weight or buffer.
+        params_b: the same names and shapes.
+    """
     if params_a.keys() != params_b.keys():
         differing = sorted(params_a.keys() ^ params_b.keys())
         raise ShapeError(f"the two networks must have the same names; only one of them has {', '.join(differing)}")
-    names = [name for name, tensor in params_a.items() if tensor.is_floating_point() and name.rpartition(".")[2] not in _STATISTICS]
+    names = [name for name, tensor in params_a.items() if tensor.is_floating_point() and name.rpartition(".")[2] not in STATISTICS]
     names = [name for name in names if spec.tied.get(name) not in params_a]
     # Sums in half precision would be noise.
     a = {name: params_a[name].detach().to(torch.promote_types(params_a[name].dtype, torch.float32)) for name in names}
@@ -111,7 +117,12 @@ def comparable(
 
 
 def touching(spec: PermutationSpec, names: Iterable[str]) -> dict[str, list[Occurrence]]:
-    """Group → where it touches these weights; groups that do not are left out."""
+    """Group → where it touches these weights; groups that do not are left out.
+
+    Args:
+        spec: the symmetries of the network.
+        names: of weights.
+    """
     places: dict[str, list[Occurrence]] = {group: [] for group in spec.sizes}
     for name in names:
         for dim, axis in enumerate(spec.axes[name]):
@@ -129,7 +140,17 @@ def ascend(
     max_iter: int,
     generator: torch.Generator | None,
 ) -> dict[str, Tensor]:
-    """Coordinate ascent from ``start`` until none of the groups in ``places`` can raise the inner product."""
+    """Coordinate ascent from ``start`` until none of the groups in ``places`` can raise the inner product.
+
+    Args:
+        spec: the symmetries of the network.
+        a: weights to be met.
+        b: weights to be renamed, of the same names and shapes.
+        places: group → where it touches them.
+        start: group → int64 ``(n,)``; the identity for groups that are not there.
+        max_iter: how often each group may be visited.
+        generator: source of randomness for the order of the groups.
+    """
     found = {**spec.identity(), **{group: value.cpu() for group, value in start.items()}}
     permuted = spec.apply(b, found)
     groups = list(places)

@@ -29,10 +29,9 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from ..errors import ShapeError
 from .barrier import interpolate
+from .running import STATISTICS
 
 __all__ = ["L2Objective", "MidpointObjective", "RandomPointObjective", "l2_distance"]
-
-_STATISTICS = ("running_mean", "running_var")
 
 
 def l2_distance(params: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> Tensor:
@@ -59,7 +58,7 @@ def l2_distance(params: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> T
     for name, tensor in params.items():
         if tuple(tensor.shape) != tuple(target[name].shape):
             raise ShapeError(f"{name} has the shape {tuple(tensor.shape)} in one network and {tuple(target[name].shape)} in the other")
-        if tensor.is_floating_point() and name.rpartition(".")[-1] not in _STATISTICS:
+        if tensor.is_floating_point() and name.rpartition(".")[-1] not in STATISTICS:
             total = total.to(tensor) + (tensor - target[name].to(tensor)).square().sum()
     return total
 

@@ -9,7 +9,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-__all__ = ["inputs", "kept_modes", "number", "repeated"]
+__all__ = ["STATISTICS", "inputs", "kept_modes", "number", "repeated"]
+
+# Buffers of normalization layers that are measured, not trained.
+STATISTICS = ("running_mean", "running_var")
 
 
 def inputs(loader: Iterable[Any]) -> Iterator[Any]:

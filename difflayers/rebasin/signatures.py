@@ -94,7 +94,12 @@ def _combined(labels: Sequence[Tensor]) -> Tensor:
 
 
 def exchangeable(axis: Axis, known: Mapping[str, Tensor]) -> Tensor:
-    """int64 ``(axis.size,)``: entries with the same number may be exchanged by groups that are not known."""
+    """int64 ``(axis.size,)``: entries with the same number may be exchanged by groups that are not known.
+
+    Args:
+        axis: the axis.
+        known: group → anything, the groups that are.
+    """
     if isinstance(axis, Fixed) or (isinstance(axis, Group) and axis.name in known):
         return torch.arange(axis.size)
     if isinstance(axis, Group):

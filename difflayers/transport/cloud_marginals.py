@@ -311,6 +311,11 @@ def _squared_distances(x: Tensor, y: Tensor) -> Tensor:
 
 
 def distances(x: Tensor, y: Tensor) -> Tensor:
-    """By differences, and with the slope zero where points coincide."""
+    """By differences, and with the slope zero where points coincide: ``(*batch, n, m)``.
+
+    Args:
+        x: ``(*batch, n, d)``.
+        y: ``(*batch, m, d)``.
+    """
     squares = (x.unsqueeze(-2) - y.unsqueeze(-3)).square().sum(-1)
     return torch.where(squares > 0, torch.where(squares > 0, squares, 1).sqrt(), 0)

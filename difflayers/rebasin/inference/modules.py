@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .calls import Call, Rule, Terms, Traced, fixed
+from .calls import Call, Rule, Terms, Traced, Unprovable, fixed
 from .terms import Term, Unknown, concatenate, fix, multiply, unify
 from .weights import linear, normalization
 
@@ -30,8 +30,7 @@ def _multihead_attention(call: Call, query: Traced, key: Traced, value: Traced, 
             unify(weight.terms[1], operand.terms[-1])
     else:
         for name, operand, rows in (("q", query, compared), ("k", key, compared), ("v", value, carried)):
-            part = call.parameter(f"{name}_proj_weight")
-            assert part is not None
+            part = _weight(call, f"{name}_proj_weight")
             unify(part.terms[0], rows)
             unify(part.terms[1], operand.terms[-1])
     for part, rows in ((bias, stacked), (call.parameter("bias_k"), compared), (call.parameter("bias_v"), carried)):
@@ -43,9 +42,14 @@ def _multihead_attention(call: Call, query: Traced, key: Traced, value: Traced, 
 
 
 def _pair(call: Call, name: str) -> tuple[Traced, Traced | None]:
-    weight = call.parameter(f"{name}.weight")
-    assert weight is not None
-    return weight, call.parameter(f"{name}.bias")
+    return _weight(call, f"{name}.weight"), call.parameter(f"{name}.bias")
+
+
+def _weight(call: Call, name: str) -> Traced:
+    found = call.parameter(name)
+    if found is None:
+        raise Unprovable(f"a {type(call.module).__name__} without {name}")
+    return found
 
 
 def _block(call: Call, input: Traced, attended: list[tuple[str, Traced]]) -> Terms:
@@ -98,8 +102,7 @@ def _recurrent(call: Call, input: Traced, hx: Any = None) -> tuple[Any, Any]:
             if projection is not None:
                 unify(projection.terms[1], cell)
             for kind, columns in (("ih", below), ("hh", state)):
-                weight, bias = call.parameter(f"weight_{kind}_l{layer}{end}"), call.parameter(f"bias_{kind}_l{layer}{end}")
-                assert weight is not None
+                weight, bias = _weight(call, f"weight_{kind}_l{layer}{end}"), call.parameter(f"bias_{kind}_l{layer}{end}")
                 normalization(concatenate([cell] * gates), weight, bias)
                 unify(weight.terms[1], columns)
             outputs.append(state)

@@ -97,7 +97,8 @@ def unify(first: Term, second: Term) -> None:
         second: a term.
     """
     first, second = resolve(first), resolve(second)
-    assert first.size == second.size, (first.size, second.size)
+    if first.size != second.size:
+        raise ValueError(f"dimensions of {first.size} and {second.size} entries cannot be renamed alike")
     if first == second:
         return
     if isinstance(first, Unknown):
@@ -110,14 +111,12 @@ def unify(first: Term, second: Term) -> None:
         _unify_products(list(first.parts), list(second.parts))
     elif isinstance(first, Concatenation) and isinstance(second, Concatenation):
         _unify_concatenations(list(first.parts), list(second.parts))
+    elif isinstance(first, Product) and isinstance(second, Concatenation) and isinstance(first.parts[0], Fixed):
+        _unify_concatenations([multiply(first.parts[1:])] * first.parts[0].size, list(second.parts))
+    elif isinstance(first, Concatenation) and isinstance(second, Product) and isinstance(second.parts[0], Fixed):
+        unify(second, first)
     else:
-        product, pieces = (first, second) if isinstance(first, Product) else (second, first)
-        assert isinstance(product, Product)
-        assert isinstance(pieces, Concatenation)
-        if isinstance(product.parts[0], Fixed):
-            _unify_concatenations([multiply(product.parts[1:])] * product.parts[0].size, list(pieces.parts))
-        else:
-            fix(first), fix(second)
+        fix(first), fix(second)
 
 
 def split(term: Term, outer: int) -> tuple[Term, Term]:
@@ -129,7 +128,8 @@ def split(term: Term, outer: int) -> tuple[Term, Term]:
     """
     term = resolve(term)
     inner, rest = divmod(term.size, outer)
-    assert not rest, (term.size, outer)
+    if rest:
+        raise ValueError(f"{term.size} entries are not {outer} equal parts")
     if inner == 1 or outer == 1:
         return (term, Fixed(1)) if inner == 1 else (Fixed(1), term)
     if isinstance(term, Unknown):
@@ -163,7 +163,8 @@ def cut(term: Term, sizes: Sequence[int]) -> list[Term]:
         sizes: of the pieces.
     """
     term = resolve(term)
-    assert term.size == sum(sizes), (term.size, sizes)
+    if term.size != sum(sizes):
+        raise ValueError(f"{term.size} entries are not pieces of {list(sizes)}")
     if len(sizes) == 1:
         return [term]
     if isinstance(term, Unknown):

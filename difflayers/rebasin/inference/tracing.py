@@ -190,7 +190,7 @@ class _Recorder(TorchFunctionMode):
             if rule is None:
                 raise Unprovable("an operation without a rule")
             self.record(call.output, _fitting(rule(call, *args, **kwargs), call.output))
-        except (Unprovable, TypeError, AssertionError, AttributeError, IndexError, KeyError, ValueError) as error:
+        except (Unprovable, TypeError, AttributeError, IndexError, KeyError, ValueError) as error:
             raise self._refusal(call.operation, error) from error
 
     def _refusal(self, operation: Any, error: Exception) -> _Refused:

@@ -13,7 +13,14 @@ __all__ = ["WEIGHTS", "linear", "normalization"]
 
 
 def linear(call: Call, input: Traced, weight: Traced, bias: Traced | None = None) -> Terms:
-    """x Wᵀ + b."""
+    """x Wᵀ + b.
+
+    Args:
+        call: the call.
+        input: ``(*batch, in)``.
+        weight: ``(out, in)``.
+        bias: ``(out,)``.
+    """
     unify(input.terms[-1], weight.terms[-1])
     if bias is not None:
         unify(bias.terms[0], weight.terms[0])
