@@ -237,6 +237,31 @@ def test_lookup_tables() -> None:
     assert sorted(PermutationSpec.from_module(Biased(), torch.randn(2, 3, 8)).sizes.values()) == [2, 4, 4]
 
 
+def test_parametrized_weights() -> None:
+    def model() -> nn.Sequential:
+        return nn.Sequential(nn.Linear(3, 6), nn.Tanh(), nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 2))
+
+    for parametrization in (nn.utils.parametrizations.weight_norm, nn.utils.parametrizations.spectral_norm):
+        network = model()
+        parametrization(network[0]), parametrization(network[2])
+        spec = PermutationSpec.from_module(network, torch.randn(4, 3))
+        assert sorted(spec.sizes.values()) == [5, 6]
+
+
+def test_new_tensors_of_one_value() -> None:
+    class Padded(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.down = nn.Linear(3, 6), nn.Linear(8, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = torch.relu(self.up(x))
+            return self.down(torch.cat([torch.maximum(h, torch.zeros_like(h)), h.new_ones(len(h), 2)], 1))
+
+    # The two ones may be exchanged as well.
+    assert sorted(PermutationSpec.from_module(Padded(), torch.randn(4, 3)).sizes.values()) == [2, 6]
+
+
 def test_units_that_are_known_by_number_stay() -> None:
     class First(nn.Module):
         def __init__(self) -> None:

@@ -16,7 +16,7 @@ _ELEMENTWISE = """
     detach to float double half bfloat16 type type_as requires_grad_ add sub mul div rsub truediv floordiv floor_divide true_divide mod
     remainder iadd isub imul itruediv maximum minimum fmax fmin eq ne lt le gt ge logical_and logical_or logical_not and or xor rand ror
     rxor invert pos data real radd rmul rtruediv rdiv rfloordiv rpow rmod idiv ipow where masked_fill lerp addcmul addcdiv atan2 xlogy
-    softmax log_softmax softmin normalize as_tensor zeros_like ones_like full_like isnan isinf
+    softmax log_softmax softmin normalize as_tensor isnan isinf weight_norm
 """
 
 OPERATIONS: dict[str, Rule] = {**dict.fromkeys(_ELEMENTWISE.split(), elementwise), **SHAPES, **WEIGHTS}

@@ -14,6 +14,11 @@ from .terms import Fixed, Unknown, concatenate, cut, fix, multiply, reshape, spl
 __all__ = ["SHAPES"]
 
 
+def _constant(call: Call, input: Traced, *args: Any, **kwargs: Any) -> Terms:
+    # Entries that are all the same may move.
+    return tuple(Unknown(size) for size in call.output.shape)
+
+
 def _reshaped(call: Call, input: Traced, *args: Any, **kwargs: Any) -> Terms:
     return reshape(input.terms, call.output.shape)
 
@@ -195,6 +200,7 @@ def _pixel_unshuffle(call: Call, input: Traced, downscale_factor: int) -> Terms:
 
 
 SHAPES: dict[str, Rule] = {
+    **dict.fromkeys(["zeros_like", "ones_like", "full_like", "new_zeros", "new_ones", "new_full"], _constant),
     **dict.fromkeys(["view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "view_as", "reshape_as"], _reshaped),
     **dict.fromkeys(
         ["permute", "transpose", "t", "movedim", "moveaxis", "swapaxes", "swapdims", "adjoint", "T", "mT", "H", "mH"], _permuted
