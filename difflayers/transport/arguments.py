@@ -14,11 +14,13 @@ from ..solution import OnFailure, Status
 
 __all__ = [
     "BALANCED",
+    "centred",
     "check_clouds",
     "cleaned",
     "filled_where_lost",
     "flattened",
     "infeasibility",
+    "stopping",
     "validate",
     "what_failed",
     "with_masses",
@@ -109,22 +111,39 @@ def with_masses(
     return tuple(batch), (found[0], found[1], strength)
 
 
-def cleaned(given: Sequence[Tensor], prices: Sequence[Tensor] = ()) -> tuple[Tensor, ...]:
-    """Cost, marginals, strength and prices in float64 with harmless numbers in the elements that are not usable, and which ones are.
+def stopping(tol: float | None, max_iter: int | None, dtype: torch.dtype) -> float:
+    """The tolerance, relative to the mass. None: 1e-10 (float64), 1e-6 (float32).
 
     Args:
-        given: as :func:`validate` returns them.
+        tol: what the caller gives.
+        max_iter: what the caller gives.
+        dtype: of the arguments.
+
+    Raises:
+        ValueError: max_iter is less than 1.
+    """
+    if max_iter is not None and max_iter < 1:
+        raise ValueError(f"max_iter must be at least 1, got {max_iter}")
+    return (1e-10 if dtype == torch.float64 else 1e-6) if tol is None else tol
+
+
+def cleaned(given: Sequence[Tensor], prices: Sequence[Tensor] = ()) -> tuple[Tensor, ...]:
+    """What is given, and prices, in float64 with harmless numbers in the elements that are not usable, and which ones are.
+
+    Args:
+        given: matrices (the cost, or two clouds), both marginals and the strength, with a common batch.
         prices: 1/ρ of both sides, ``(*batch,)`` in float64, of which one is positive; or none.
     """
-    C, a, b, strength = (part.to(torch.float64) for part in given)
+    *matrices, a, b, strength = (part.to(torch.float64) for part in given)
     # A sum is finite if its terms are; asking each term takes longer.
-    usable = torch.isfinite(C.sum((-1, -2)) + a.sum(-1) + b.sum(-1) + strength) & (strength > 0)
+    total = sum((matrix.sum((-1, -2)) for matrix in matrices), a.sum(-1) + b.sum(-1) + strength)
+    usable = torch.isfinite(total) & (strength > 0)
     for price in prices:
         usable = usable & torch.isfinite(price) & (price >= 0) & (sum(prices) > 0)
     # A NaN would come back as 0 · NaN in the gradients, and so would the logarithm of a zero marginal.
-    C, strength = torch.where(usable[..., None, None], C, 0), torch.where(usable, strength, 1)
+    matrices, strength = [torch.where(usable[..., None, None], matrix, 0) for matrix in matrices], torch.where(usable, strength, 1)
     a, b = (torch.where(usable.unsqueeze(-1), torch.where(part != 0, part, 0), 1 / part.shape[-1]) for part in (a, b))
-    return C, a, b, strength, *(torch.where(usable, price, 1) for price in prices), usable
+    return *matrices, a, b, strength, *(torch.where(usable, price, 1) for price in prices), usable
 
 
 def infeasibility(a: Tensor, b: Tensor, balanced: float) -> Tensor:
@@ -170,6 +189,23 @@ def what_failed(name: str, status: Tensor, a: Tensor, b: Tensor, *, wanted: str 
     if min(float(a.min()), float(b.min())) < 0:
         return f"{name} (marginals must not be negative; the smallest entry is {min(float(a.min()), float(b.min())):.3g})"
     return f"{name} ({wanted}; a sums to {float(a.sum()):.9g}, b to {float(b.sum()):.9g})"
+
+
+def centred(x: Tensor, a: Tensor, b: Tensor, *, free: bool = True) -> tuple[Tensor, Tensor]:
+    """The potentials f and g, −inf where a marginal is zero.
+
+    Args:
+        x: (f, g), ``(*batch, n + m)``.
+        a: ``(*batch, n)``.
+        b: ``(*batch, m)``.
+        free: whether f and g may exchange a constant; it is chosen so that ⟨a, f⟩ = ⟨b, g⟩.
+    """
+    f, g = x.split([a.shape[-1], b.shape[-1]], -1)
+    if free:
+        mass = a.sum(-1)
+        half = (((a * f).sum(-1) - (b * g).sum(-1)) / torch.where(mass > 0, 2 * mass, 1)).unsqueeze(-1)
+        f, g = f - half, g + half
+    return torch.where(a > 0, f, -torch.inf), torch.where(b > 0, g, -torch.inf)
 
 
 def filled_where_lost(found: Sequence[Tensor], status: Tensor, on_failure: OnFailure) -> list[Tensor]:

@@ -21,11 +21,12 @@ from ..solvers.linear import cg
 from .arguments import flattened, what_failed
 from .blocks import blockwise
 from .cloud_sweeps import Cloud, PairCost, find_cloud_potentials
+from .costs import squared_distances
 from .marginals import DualValue, Factor, Marginals, Options
 from .potentials import find_potentials
 from .sweeps import FLOOR, Scaled
 
-__all__ = ["CloudDualValue", "CloudMarginals", "Means", "distances"]
+__all__ = ["CloudDualValue", "CloudMarginals", "Means"]
 
 _SWEEPS, _ITERATIONS = 2000, 3000
 
@@ -236,7 +237,7 @@ class _Blocks:
     """A function of blocks of rows."""
 
     def __init__(self, cost: PairCost | None) -> None:
-        self.cost = _squared_distances if cost is None else cost
+        self.cost = squared_distances if cost is None else cost
 
     def plan(self, x: Tensor, phi: Tensor, y: Tensor, gamma: Tensor, epsilon: Tensor) -> Tensor:
         exponent = self.cost(x, y) / -epsilon + phi + gamma.mT
@@ -302,20 +303,3 @@ class _LagrangianError:
         f, g = potentials.split([a.shape[-1], b.shape[-1]], -1)
         mass = (a.sum(-1) + b.sum(-1)) / 2
         return v - ((a * f).sum(-1) + (b * g).sum(-1) + epsilon * (mass - total.squeeze((-1, -2)))).unsqueeze(-1)
-
-
-def _squared_distances(x: Tensor, y: Tensor) -> Tensor:
-    center = y.detach().mean(-2, keepdim=True)
-    x, y = x - center, y - center
-    return (x * x).sum(-1, keepdim=True) + (y * y).sum(-1).unsqueeze(-2) - 2 * (x @ y.mT)
-
-
-def distances(x: Tensor, y: Tensor) -> Tensor:
-    """By differences, and with the slope zero where points coincide: ``(*batch, n, m)``.
-
-    Args:
-        x: ``(*batch, n, d)``.
-        y: ``(*batch, m, d)``.
-    """
-    squares = (x.unsqueeze(-2) - y.unsqueeze(-3)).square().sum(-1)
-    return torch.where(squares > 0, torch.where(squares > 0, squares, 1).sqrt(), 0)

@@ -28,6 +28,7 @@ from torch import Tensor
 from ..errors import ShapeError
 from ..solution import OnFailure, Status
 from .arguments import check_clouds
+from .costs import squared_distances
 from .points import PointsSolution, sinkhorn_points
 from .sinkhorn import TransportSolution, sinkhorn
 from .unbalanced import Penalty
@@ -102,19 +103,19 @@ def sinkhorn_divergence(
         tensor(0.2500)
     """
     check_clouds(x, y)
-    if block_size is not None:
-        if marginal_penalty is not None:
-            raise ValueError("block_size and marginal_penalty do not go together; leave one of them out")
-        return _in_blocks(x, y, a, b, cost, None if block_size == "auto" else block_size, epsilon, tol, max_iter, on_failure)
-    cost = _guarded(cost)
+    if block_size is not None and marginal_penalty is not None:
+        raise ValueError("block_size and marginal_penalty do not go together; leave one of them out")
     sides = [(x, y, a, b), (x, x, a, a), (y, y, b, b)]
     options: dict[str, Any] = {"epsilon": epsilon, "tol": tol, "max_iter": max_iter, "on_failure": on_failure}
-    if marginal_penalty is None:
+    if block_size is not None:
+        options |= {"cost": cost or "sqeuclidean", "block_size": None if block_size == "auto" else block_size}
+        found = [sinkhorn_points(p, q, c, d, **options) for p, q, c, d in sides]
+    elif marginal_penalty is None:
         found = [sinkhorn(_costs(cost, p, q), c, d, **options) for p, q, c, d in sides]
     else:
         options["marginal_penalty"] = marginal_penalty
         found = [sinkhorn(_relative(_costs(cost, p, q), c, d, epsilon), c, d, **options) for p, q, c, d in sides]
-    return _together(_debiased(found), found, on_failure)
+    return _together(found[0].dual_value - (found[1].dual_value + found[2].dual_value) / 2, found, on_failure)
 
 
 def monge_gap(
@@ -166,44 +167,10 @@ def monge_gap(
     return _together(costs.diagonal(dim1=-2, dim2=-1).mean(-1) - found.dual_value - entropy, [found], on_failure)
 
 
-def _costs(cost: Cost, p: Tensor, q: Tensor) -> Tensor:
+def _costs(cost: Cost | None, p: Tensor, q: Tensor) -> Tensor:
     """The costs; those of a cloud with itself are symmetric to the last digit, which makes them easier to solve with."""
-    costs = cost(p, q)
+    costs = _guarded(cost)(p, q)
     return (costs + costs.mT) / 2 if p is q else costs
-
-
-def _in_blocks(
-    x: Tensor,
-    y: Tensor,
-    a: Tensor | None,
-    b: Tensor | None,
-    cost: Cost | None,
-    block_size: int | None,
-    epsilon: float | Tensor,
-    tol: float | None,
-    max_iter: int | None,
-    on_failure: OnFailure,
-) -> DivergenceSolution:
-    found = [
-        sinkhorn_points(
-            p,
-            q,
-            c,
-            d,
-            epsilon=epsilon,
-            cost=cost or "sqeuclidean",
-            block_size=block_size,
-            tol=tol,
-            max_iter=max_iter,
-            on_failure=on_failure,
-        )
-        for p, q, c, d in [(x, y, a, b), (x, x, a, a), (y, y, b, b)]
-    ]
-    return _together(_debiased(found), found, on_failure)
-
-
-def _debiased(found: Sequence[TransportSolution] | Sequence[PointsSolution]) -> Tensor:
-    return found[0].dual_value - (found[1].dual_value + found[2].dual_value) / 2
 
 
 def _relative(cost: Tensor, a: Tensor | None, b: Tensor | None, epsilon: float | Tensor) -> Tensor:
@@ -224,16 +191,9 @@ def _guarded(cost: Cost | None) -> Cost:
             total = cloud.detach().sum((-1, -2))
             spoiled.append(torch.where(torch.isfinite(total), 0, torch.nan)[..., None, None])
         x, y = (torch.where(flag == 0, cloud, 0) for flag, cloud in zip(spoiled, (x, y), strict=True))
-        return (_squared_distances if cost is None else cost)(x, y) + (spoiled[0] + spoiled[1]).to(x.dtype)
+        return (squared_distances if cost is None else cost)(x, y) + (spoiled[0] + spoiled[1]).to(x.dtype)
 
     return guarded
-
-
-def _squared_distances(x: Tensor, y: Tensor) -> Tensor:
-    """``(*batch, n, m)``; by products, which is exact enough beside ε once the origin is among the points."""
-    center = x.detach().mean(-2, keepdim=True)
-    x, y = x - center, y - center
-    return (x * x).sum(-1).unsqueeze(-1) + (y * y).sum(-1).unsqueeze(-2) - 2 * (x @ y.mT)
 
 
 def _together(value: Tensor, found: Sequence[TransportSolution] | Sequence[PointsSolution], on_failure: OnFailure) -> DivergenceSolution:

@@ -27,10 +27,11 @@ from ..implicit.closure import hoist, visible_to_modes
 from ..implicit.eager import eager
 from ..implicit.function import ImplicitFunction
 from ..solution import OnFailure
-from .arguments import BALANCED, check_clouds, filled_where_lost, with_masses
+from .arguments import BALANCED, centred, check_clouds, cleaned, filled_where_lost, stopping, with_masses
 from .blocks import blockwise
-from .cloud_marginals import CloudDualValue, CloudMarginals, Means, distances
+from .cloud_marginals import CloudDualValue, CloudMarginals, Means
 from .cloud_sweeps import PairCost
+from .costs import distances
 from .marginals import Options
 
 __all__ = ["CloudCost", "PointsSolution", "entropic_map", "sinkhorn_points"]
@@ -112,30 +113,19 @@ def sinkhorn_points(
         tensor([-1.0000, -1.0000, -1.0000])
     """
     pair_cost = _pair_cost(cost)
-    if max_iter is not None and max_iter < 1:
-        raise ValueError(f"max_iter must be at least 1, got {max_iter}")
     batch, given = _validate(x, y, a, b, epsilon)
     dtype, n, m = x.dtype, x.shape[-2], y.shape[-2]
     block = _block_size(block_size, math.prod(batch) * m, x.shape[-1])
     if pair_cost is not None:
         _check_constants(pair_cost, x, y)
-    tol = (1e-10 if dtype == torch.float64 else 1e-6) if tol is None else tol
-    options = Options("sinkhorn", tol, max_iter, on_failure, BALANCED.get(dtype, 1e-2))
-    x, y, a, b, eps = (part.to(torch.float64) for part in given)
-    usable = torch.isfinite(x.sum((-1, -2)) + y.sum((-1, -2)) + a.sum(-1) + b.sum(-1) + eps) & (eps > 0)
-    x, y = (torch.where(usable[..., None, None], part, 0) for part in (x, y))
-    a, b = (torch.where(usable.unsqueeze(-1), torch.where(part != 0, part, 0), 1 / part.shape[-1]) for part in (a, b))
-    eps = torch.where(usable, eps, 1)
+    options = Options("sinkhorn", stopping(tol, max_iter, dtype), max_iter, on_failure, BALANCED.get(dtype, 1e-2))
+    x, y, a, b, eps, usable = cleaned(given)
     start = x.new_zeros(*batch, n + m)
     start, x, y, a, b, eps, usable = visible_to_modes([start, x, y, a, b, eps, usable])
     equations = CloudMarginals(len(batch), options, pair_cost, block)
     z, status, error, iterations = ImplicitFunction.apply(equations, start.detach(), x, a, b, eps, y, usable)
     dual = ImplicitFunction.apply(CloudDualValue(len(batch), pair_cost, block), start.detach()[..., :1], x, a, b, eps, y, z)[0].squeeze(-1)
-    f, g = z.split([n, m], -1)
-    mass = a.sum(-1)
-    half = (((a * f).sum(-1) - (b * g).sum(-1)) / torch.where(mass > 0, 2 * mass, 1)).unsqueeze(-1)
-    found = [torch.where(a > 0, f - half, -torch.inf), torch.where(b > 0, g + half, -torch.inf), dual]
-    found = filled_where_lost(found, status, on_failure)
+    found = filled_where_lost([*centred(z, a, b), dual], status, on_failure)
     return PointsSolution(*(part.to(dtype) for part in found), status, error.to(dtype), iterations)
 
 

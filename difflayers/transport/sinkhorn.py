@@ -24,7 +24,7 @@ from ..implicit.closure import visible_to_modes
 from ..implicit.eager import eager
 from ..implicit.function import ImplicitFunction
 from ..solution import OnFailure
-from .arguments import BALANCED, cleaned, filled_where_lost, validate
+from .arguments import BALANCED, centred, cleaned, filled_where_lost, stopping, validate
 from .marginals import DualValue, Marginals, Options, plan_of
 from .potentials import Method
 from .unbalanced import Penalty, PricedDualValue, PricedMarginals, prices_of
@@ -129,8 +129,6 @@ def sinkhorn(
         raise ValueError(f"method={method!r} is not known; choose one of {', '.join(map(repr, get_args(Method)))}")
     if backward not in ("implicit", "unroll"):
         raise ValueError(f"backward={backward!r} is not known; choose 'implicit' or 'unroll'")
-    if max_iter is not None and max_iter < 1:
-        raise ValueError(f"max_iter must be at least 1, got {max_iter}")
     batch, given = validate(cost, a, b, epsilon)
     prices = prices_of(marginal_penalty, cost) or ()
     if prices:
@@ -142,7 +140,7 @@ def sinkhorn(
             shapes = ", ".join(str(tuple(price.shape)) for price in prices)
             raise ShapeError(f"the batch dimensions {shapes} of marginal_penalty do not broadcast with {batch}") from error
     dtype = cost.dtype
-    tol = (1e-10 if dtype == torch.float64 else 1e-6) if tol is None else tol
+    tol = stopping(tol, max_iter, dtype)
     options = Options(method, tol, max_iter, on_failure, BALANCED.get(dtype, 1e-2))
     C, a, b, eps, *prices, usable = cleaned(given, prices)
     start = C.new_zeros(*batch, sum(C.shape[-2:]))
@@ -156,12 +154,7 @@ def sinkhorn(
     value = (plan * C).sum((-1, -2))
     lagrangian = (PricedDualValue if prices else DualValue)(len(batch))
     dual = ImplicitFunction.apply(lagrangian, start.detach()[..., :1], C, a, b, eps, *prices, x)[0].squeeze(-1)
-    f, g = x.split(list(C.shape[-2:]), -1)
-    if not prices:
-        mass = a.sum(-1)
-        half = (((a * f).sum(-1) - (b * g).sum(-1)) / torch.where(mass > 0, 2 * mass, 1)).unsqueeze(-1)
-        f, g = f - half, g + half
-    f, g = torch.where(a > 0, f, -torch.inf), torch.where(b > 0, g, -torch.inf)
+    f, g = centred(x, a, b, free=not prices)
     found = filled_where_lost([plan, f, g, value, dual], status, on_failure)
     return TransportSolution(*(part.to(dtype) for part in found), status, error.to(dtype), iterations)
 

@@ -26,7 +26,7 @@ from ..implicit.closure import visible_to_modes
 from ..implicit.eager import eager
 from ..implicit.function import ImplicitFunction
 from ..solution import OnFailure, Solution, Status, report_failures
-from .arguments import BALANCED, cleaned, filled_where_lost, flattened, infeasibility, validate, what_failed
+from .arguments import BALANCED, centred, cleaned, filled_where_lost, flattened, infeasibility, stopping, validate, what_failed
 from .quadratic import Plan, quadratic_plan, sparse_plan
 from .sinkhorn import TransportSolution
 from .support import Supported, SupportValue, plan_on
@@ -111,11 +111,9 @@ def sparse_transport(
     """
     if k is not None and (isinstance(k, bool) or not isinstance(k, int) or k < 1):
         raise ValueError(f"k must be a positive integer or None, got {k!r}")
-    if max_iter is not None and max_iter < 1:
-        raise ValueError(f"max_iter must be at least 1, got {max_iter}")
     batch, given = validate(cost, a, b, gamma, "gamma")
     dtype, (n, m) = cost.dtype, cost.shape[-2:]
-    tol = (1e-10 if dtype == torch.float64 else 1e-6) if tol is None else tol
+    tol = stopping(tol, max_iter, dtype)
     C, a, b, strength, usable = visible_to_modes(list(cleaned(given)))
     search = _Search(len(batch), None if k is None or k >= n else k, tol, max_iter or _STEPS, on_failure, BALANCED.get(dtype, 1e-2))
     start = C.new_zeros(*batch, n + m)
@@ -125,12 +123,7 @@ def sparse_transport(
     plan = plan_on(x, C, strength, support)
     value = (plan * C).sum((-1, -2))
     dual = ImplicitFunction.apply(SupportValue(len(batch)), start[..., :1], C, a, b, strength, x, share)[0].squeeze(-1)
-    f, g = x.split([n, m], -1)
-    mass = a.sum(-1)
-    half = ((a * f).sum(-1) - (b * g).sum(-1)) / torch.where(mass > 0, 2 * mass, 1)
-    f = torch.where(a > 0, f - half.unsqueeze(-1), -torch.inf)
-    g = torch.where(b > 0, g + half.unsqueeze(-1), -torch.inf)
-    parts = filled_where_lost([plan, f, g, value, dual], status, on_failure)
+    parts = filled_where_lost([plan, *centred(x, a, b), value, dual], status, on_failure)
     return TransportSolution(*(part.to(dtype) for part in parts), status, error.to(dtype), iterations)
 
 
