@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -83,8 +84,8 @@ def index(axis: Axis, permutations: Mapping[str, Tensor]) -> Tensor:
         return torch.arange(axis.size)
     parts = [index(part, permutations) for part in axis.parts]
     if isinstance(axis, Concatenation):
-        offsets = [0, *torch.tensor([part.size for part in axis.parts]).cumsum(0).tolist()]
-        return torch.cat([part + offset for part, offset in zip(parts, offsets[:-1], strict=True)])
+        offsets = accumulate((len(part) for part in parts), initial=0)
+        return torch.cat([part + offset for part, offset in zip(parts, offsets, strict=False)])
     total = parts[0]
     for part in parts[1:]:
         total = (total.unsqueeze(-1) * len(part) + part).flatten()

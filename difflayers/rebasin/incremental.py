@@ -146,7 +146,7 @@ def incremental_rebasin(
     new = _trainable(model, old if start is None else start)
     if init is None:
         init = spec.identity() if start is None else weight_matching(spec, start, old)
-    permutations = spec.compose(spec.identity(), init)
+    permutations = spec.completed(init, "init")
     line, losses = MidpointObjective(model, new, loss_fn), list[float]()
 
     def objective(anchor: Mapping[str, Tensor], *batch: Any, at: float | None = None) -> Tensor:

@@ -75,13 +75,10 @@ def weight_matching(
         >>> all(torch.equal(back[name], weight) for name, weight in model.state_dict().items())
         True
     """
-    for group, value in (init or {}).items():
-        if value.is_floating_point():
-            raise ShapeError(f"init must be hard permutations, int64 (n,); {group!r} is {value.dtype} {tuple(value.shape)}")
     a, b = comparable(spec, params_a, params_b)
     places = touching(spec, a)
     highest, best = -math.inf, spec.identity()
-    for start in [outward(spec, a, b, places), {}] if init is None else [init]:
+    for start in [outward(spec, a, b, places), {}] if init is None else [spec.completed(init, "init")]:
         end = ascend(spec, a, b, places, start, max_iter, generator)
         value = _inner(a, spec.apply(b, end))
         if value > highest:
@@ -151,7 +148,7 @@ def ascend(
         max_iter: how often each group may be visited.
         generator: source of randomness for the order of the groups.
     """
-    found = {**spec.identity(), **{group: value.cpu() for group, value in start.items()}}
+    found = spec.completed(start)
     permuted = spec.apply(b, found)
     groups = list(places)
     touches = {group: dict.fromkeys(at.name for at in places[group]) for group in groups}

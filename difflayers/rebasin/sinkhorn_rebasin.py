@@ -20,10 +20,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..errors import ShapeError, SolveError
+from ..errors import SolveError
 from ..solution import OnFailure
 from ..transport import sinkhorn
 from .assignment import assign
+from .inference.probe import first_names
 from .running import number, repeated
 from .spec import PermutationSpec
 
@@ -127,7 +128,7 @@ class SinkhornRebasin(nn.Module):
         self.tol, self.max_iter = tol, max_iter
         self.on_failure: OnFailure = on_failure
         self.weights = nn.Module()
-        self._first: dict[str, str] = {}
+        self._first = first_names(model)
         self._copy(model)
         self._groups: dict[int, list[str]] = {}
         for group, size in spec.sizes.items():
@@ -238,10 +239,8 @@ class SinkhornRebasin(nn.Module):
 
     def _copy(self, model: nn.Module) -> None:
         """The weights of the model under ``self.weights``; names of one and the same tensor share it."""
-        seen: dict[int, str] = {}
         for name, tensor in model.state_dict(keep_vars=True).items():
-            first = self._first[name] = seen.setdefault(id(tensor), name)
-            if first != name:
+            if self._first[name] != name:
                 continue
             copied = tensor.detach().clone()
             if self.train_weights and isinstance(tensor, nn.Parameter):
@@ -256,10 +255,7 @@ class SinkhornRebasin(nn.Module):
 
     def _scores_at(self, permutations: Mapping[str, Tensor]) -> dict[int, Tensor]:
         """Scores of 1 where the permutations are, 0 elsewhere; size → ``(groups, n, n)``."""
-        for group, value in permutations.items():
-            if value.is_floating_point():
-                raise ShapeError(f"init must be hard permutations, int64 (n,); {group!r} is {value.dtype} {tuple(value.shape)}")
-        start = self.spec.compose(self.spec.identity(), {group: value.cpu() for group, value in permutations.items()})
+        start = self.spec.completed(permutations, "init")
         return {size: torch.stack([torch.eye(size)[start[group]] for group in groups]) for size, groups in self._groups.items()}
 
     def _snapshot(self) -> dict[str, Tensor]:

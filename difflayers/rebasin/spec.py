@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ..errors import ShapeError, UnsupportedModuleError
 from .axes import Axis, Fixed, Group, index, leaves, positions, transform
 from .inference import Example, Override, infer_axes
-from .inference.probe import probe
+from .inference.probe import first_names, probe
 
 __all__ = ["Occurrence", "PermutationSpec"]
 
@@ -88,9 +88,7 @@ class PermutationSpec:
             >>> PermutationSpec.from_module(model, torch.randn(2, 1, 6, 6))
             PermutationSpec(0: 6)
         """
-        first: dict[int, str] = {}
-        names = {name: first.setdefault(id(value), name) for name, value in model.state_dict(keep_vars=True).items()}
-        tied = {name: other for name, other in names.items() if name != other}
+        tied = {name: first for name, first in first_names(model).items() if name != first}
         spec = cls(infer_axes(model, example_input, overrides), tied)
         spec.verify(model, example_input)
         return spec
@@ -152,6 +150,21 @@ class PermutationSpec:
         """
         return {group: torch.argsort(permutation) for group, permutation in self._checked(permutations).items()}
 
+    def completed(self, permutations: Mapping[str, Tensor], name: str = "permutations") -> dict[str, Tensor]:
+        """A permutation for every group, on the CPU: the identity where there is none.
+
+        Args:
+            permutations: group → int64 ``(n,)``.
+            name: what they are called in an error.
+
+        Raises:
+            ShapeError: one of them does not fit, or is relaxed.
+        """
+        for group, value in permutations.items():
+            if value.is_floating_point():
+                raise ShapeError(f"{name} must be hard permutations, int64 (n,); {group!r} is {value.dtype} {tuple(value.shape)}")
+        return {**self.identity(), **{group: value.cpu() for group, value in self._checked(permutations).items()}}
+
     def compose(self, first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """What applying ``first`` and then ``second`` amounts to.
 
@@ -159,7 +172,7 @@ class PermutationSpec:
             first: group → int64 ``(n,)``.
             second: group → int64 ``(n,)``.
         """
-        first, second = {**self.identity(), **self._checked(first)}, {**self.identity(), **self._checked(second)}
+        first, second = self.completed(first), self.completed(second)
         return {group: first[group][second[group]] for group in self.sizes}
 
     def apply(self, params: Mapping[str, Tensor], permutations: Mapping[str, Tensor]) -> dict[str, Tensor]:

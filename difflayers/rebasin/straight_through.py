@@ -78,7 +78,7 @@ def straight_through_matching(
     near = {name: tensor.clone().requires_grad_() for name, tensor in weights.items()}
     optimizer = torch.optim.Adam(near.values(), lr=learning_rate)
     b = {name: tensor.detach() for name, tensor in params_b.items()}
-    found = weight_matching(spec, params_a, b) if init is None else {**spec.identity(), **init}
+    found = weight_matching(spec, params_a, b) if init is None else spec.completed(init, "init")
     permuted = spec.apply(b, found)
     best, best_step = found, 0
     start = score = _evaluated(evaluate, permuted)

@@ -1,4 +1,4 @@
-"""A network at weights and buffers without symmetries of their own, where a wrong proof shows."""
+"""A network as it is inferred from and checked: in double precision, and at weights without symmetries of their own."""
 
 from __future__ import annotations
 
@@ -10,9 +10,19 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-__all__ = ["Example", "prepared", "probe"]
+__all__ = ["Example", "first_names", "prepared", "probe"]
 
 Example = Tensor | Sequence[Any] | Mapping[str, Any]
+
+
+def first_names(model: nn.Module) -> dict[str, str]:
+    """Name of a weight or buffer → the first name of the same tensor: tied weights are one under several names.
+
+    Args:
+        model: the network.
+    """
+    first: dict[int, str] = {}
+    return {name: first.setdefault(id(value), name) for name, value in model.state_dict(keep_vars=True).items()}
 
 
 def probe(

@@ -20,7 +20,7 @@ from ..axes import Axis, Concatenation, Fixed, Group, Product
 from .calls import Call, Rule, Terms, Traced, Unprovable, elementwise, fixed, fixed_all, traced_in
 from .modules import MODULES
 from .operations import OPERATIONS
-from .probe import Example, prepared
+from .probe import Example, first_names, prepared
 from .terms import Term, Unknown, is_fixed, resolve
 
 __all__ = ["Override", "infer_axes"]
@@ -66,9 +66,7 @@ class _Recorder(TorchFunctionMode):
         super().__init__()
         self.model, self.overrides = model, overrides
         self.state = model.state_dict(keep_vars=True)
-        # Tied weights are one tensor under several names.
-        first: dict[int, str] = {}
-        self.first_name = {name: first.setdefault(id(value), name) for name, value in self.state.items()}
+        self.first_name = first_names(model)
         self.weights: dict[str, Terms] = {}
         # By identity; the tensor is kept, so that no other one takes its place in memory.
         self.terms: dict[int, tuple[Tensor, Terms | Callable[[], Terms]]] = {}
