@@ -20,6 +20,7 @@ __all__ = [
     "filled_where_lost",
     "flattened",
     "infeasibility",
+    "marginal_error",
     "stopping",
     "validate",
     "what_failed",
@@ -146,12 +147,23 @@ def cleaned(given: Sequence[Tensor], prices: Sequence[Tensor] = ()) -> tuple[Ten
     return *matrices, a, b, strength, *(torch.where(usable, price, 1) for price in prices), usable
 
 
-def infeasibility(a: Tensor, b: Tensor, balanced: float) -> Tensor:
-    """What the marginals lack to admit a plan, ``(N,)``; not positive where they do.
+def marginal_error(plan: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """The larger of the two sides' 1-norms, ``(*batch,)``.
 
     Args:
-        a: ``(N, n)``.
-        b: ``(N, m)``.
+        plan: ``(*batch, n, m)``.
+        a: ``(*batch, n)``, the row sums that are wanted.
+        b: ``(*batch, m)``.
+    """
+    return torch.maximum((plan.sum(-1) - a).abs().sum(-1), (plan.sum(-2) - b).abs().sum(-1))
+
+
+def infeasibility(a: Tensor, b: Tensor, balanced: float) -> Tensor:
+    """What the marginals lack to admit a plan, ``(*batch,)``; not positive where they do.
+
+    Args:
+        a: ``(*batch, n)``.
+        b: ``(*batch, m)``.
         balanced: the relative difference of the masses that counts as rounding.
     """
     mass = a.sum(-1)

@@ -20,7 +20,7 @@ from torch import Tensor
 from ..implicit.broadcasting import BroadcastingProblem, ExplicitProblem
 from ..implicit.function import in_a_transform
 from ..solution import OnFailure, Solution, Status, report_failures
-from .arguments import flattened, what_failed
+from .arguments import flattened, marginal_error, what_failed
 from .kept import Kept, conjugate_gradients
 from .laplacian import Laplacian
 from .potentials import Method, find_potentials
@@ -140,7 +140,7 @@ class Marginals(BroadcastingProblem):
         plan = _plan_on_the_spot(x, C, a, b, epsilon)
         self._found = x, plan
         rows, columns = self.wanted(x, a, b, flat)
-        error = torch.maximum((plan.sum(-1) - rows).abs().sum(-1), (plan.sum(-2) - columns).abs().sum(-1))
+        error = marginal_error(plan, rows, columns)
         status = torch.where((error <= tol * rows.sum(-1)) & (finite | ~positive).all(-1), int(Status.SOLVED), int(Status.MAX_ITER))
         status = torch.where(feasible, status, int(Status.PRIMAL_INFEASIBLE))
         status = torch.where(usable, status, int(Status.NUMERICAL_ERROR))

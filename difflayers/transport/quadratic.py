@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 
 from ..convex.projections.simplex import simplex_support
+from .arguments import marginal_error
 from .semismooth import Quadratic, State, newton, state
 from .support import Support
 
@@ -188,7 +189,7 @@ def _columns_met(X: Tensor, alpha: Tensor, b: Tensor, gamma: Tensor, support: Te
 
 
 def _error(problem: Quadratic, plan: Tensor) -> Tensor:
-    return torch.maximum((plan.sum(-2) - problem.a).abs().sum(-1), (plan.sum(-1) - problem.b).abs().sum(-1))
+    return marginal_error(plan, problem.b, problem.a)
 
 
 def _gap(problem: Quadratic, alpha: Tensor, beta: Tensor, plan: Tensor, share: Tensor, k: int) -> Tensor:

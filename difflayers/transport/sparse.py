@@ -26,7 +26,18 @@ from ..implicit.closure import visible_to_modes
 from ..implicit.eager import eager
 from ..implicit.function import ImplicitFunction
 from ..solution import OnFailure, Solution, Status, report_failures
-from .arguments import BALANCED, centred, cleaned, filled_where_lost, flattened, infeasibility, stopping, validate, what_failed
+from .arguments import (
+    BALANCED,
+    centred,
+    cleaned,
+    filled_where_lost,
+    flattened,
+    infeasibility,
+    marginal_error,
+    stopping,
+    validate,
+    what_failed,
+)
 from .quadratic import Plan, quadratic_plan, sparse_plan
 from .sinkhorn import TransportSolution
 from .support import Supported, SupportValue, plan_on
@@ -226,7 +237,7 @@ class _Search(BroadcastingProblem):
             x[index] = torch.cat([plan.alpha, plan.beta], -1)
             support[index], share[index], optimal[index], iterations[index] = plan.support, plan.share, plan.optimal, plan.iterations
         plan = plan_on(x, C, gamma, support)
-        error = torch.maximum((plan.sum(-1) - a).abs().sum(-1), (plan.sum(-2) - b).abs().sum(-1))
+        error = marginal_error(plan, a, b)
         missed = torch.where(optimal & (k is not None), int(Status.NOT_TIGHT), int(Status.MAX_ITER))
         status = torch.where((error <= tol) & optimal, int(Status.SOLVED), missed)
         status = torch.where(lacking <= 0, status, int(Status.PRIMAL_INFEASIBLE))

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..solution import Solution, Status, report_failures
+from .arguments import infeasibility, marginal_error
 from .marginals import Options, plan_of
 
 __all__ = ["unrolled_potentials"]
@@ -36,7 +37,7 @@ def unrolled_potentials(
     log_a, log_b = (torch.where(part > 0, torch.where(part > 0, part, 1).log(), -torch.inf) for part in (a, b))
     with torch.no_grad():
         mass = a.sum(-1)
-        feasible = ((mass - b.sum(-1)).abs() <= options.balanced * mass) & (a >= 0).all(-1) & (b >= 0).all(-1) & usable
+        feasible = (infeasibility(a, b, options.balanced) <= 0) & usable
     for iteration in range(1, (options.max_iter or _SWEEPS) + 1):
         columns = torch.where(b > 0, g, -torch.inf)
         f = scale * (log_a - torch.logsumexp((columns.unsqueeze(-2) - C) / scale.unsqueeze(-1), -1))
@@ -44,8 +45,7 @@ def unrolled_potentials(
         if iteration % 10 == 0 or iteration == (options.max_iter or _SWEEPS):
             x = torch.cat([torch.where(a > 0, f, 0), torch.where(b > 0, g, 0)], -1)
             with torch.no_grad():
-                plan = plan_of(x, C, a, b, epsilon)
-                error = torch.maximum((plan.sum(-1) - a).abs().sum(-1), (plan.sum(-2) - b).abs().sum(-1))
+                error = marginal_error(plan_of(x, C, a, b, epsilon), a, b)
                 if bool(((error <= options.tol * mass) | ~feasible).all()):
                     break
     status = torch.where(error <= options.tol * mass, int(Status.SOLVED), int(Status.MAX_ITER))

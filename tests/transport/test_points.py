@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.func import vmap
 
+from benchmarks.timing import peak_memory
 from difflayers.errors import InfeasibleError, NotConvergedError, ShapeError
 from difflayers.solution import Status
 from difflayers.transport import entropic_map, sinkhorn, sinkhorn_divergence, sinkhorn_points
@@ -70,19 +71,7 @@ def test_memory(order: int) -> None:
         if order == 2:
             torch.autograd.grad(slope.square().sum(), x)
 
-    assert _peak(run) < 45 * 2**20
-
-
-def _peak(run: object) -> int:
-    """The most bytes that torch held at once while ``run`` ran."""
-    with torch.profiler.profile(profile_memory=True) as profile:
-        run()
-    held = most = 0
-    for event in profile.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            held += event.nbytes()
-            most = max(most, held)
-    return most
+    assert peak_memory(run) < 45 * 2**20
 
 
 @pytest.mark.parametrize("epsilon", [0.1, 1e-2, 1e-3])
