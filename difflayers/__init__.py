@@ -37,7 +37,7 @@ from . import errors
 from .solution import Solution, Status
 
 if TYPE_CHECKING:
-    from . import convex, implicit, rebasin, solvers, sorting, transport
+    from . import convex, implicit, prox, rebasin, solvers, sorting, transport
     from .convex import CvxpyLayer, Projection, QPLayer
     from .rebasin import SinkhornRebasin
     from .sorting import SortingNetwork
@@ -59,6 +59,7 @@ __all__ = [
     "convex",
     "errors",
     "implicit",
+    "prox",
     "rebasin",
     "solvers",
     "sorting",
