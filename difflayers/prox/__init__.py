@@ -1,5 +1,15 @@
 """Proximal operators, networks that are proximal operators, and plug-and-play reconstruction as an implicit layer."""
 
 from . import operators
+from .convolutional import ConvolutionalInputConvexNN
+from .icnn import InputConvexNN
+from .learned import LearnedProximalNetwork
+from .nonexpansive import NonexpansiveProximalNetwork
 
-__all__ = ["operators"]
+__all__ = [
+    "ConvolutionalInputConvexNN",
+    "InputConvexNN",
+    "LearnedProximalNetwork",
+    "NonexpansiveProximalNetwork",
+    "operators",
+]
