@@ -39,8 +39,8 @@ def stationary_value(fun: Callable[..., Tensor], y: Tensor, *args: Any) -> Tenso
 
     Args:
         fun: ``(y, *args) -> (*batch,)``, row by row. Tensors that it closes over, module parameters included, are differentiated as well.
-        y: ``(*batch, ...)`` with ∂fun/∂y = 0, as a layer returned it; what it carries makes second derivatives exact. A y that is stationary
-            up to a residual r leaves an error of r · ∂y/∂θ in the first derivative.
+        y: ``(*batch, ...)`` with ∂fun/∂y = 0, as a layer returned it; what it carries makes second derivatives exact. A y that is
+            stationary up to a residual r leaves an error of r · ∂y/∂θ in the first derivative.
         args: pytrees; every floating tensor in them is differentiated.
 
     Returns:
@@ -71,7 +71,9 @@ def stationary_value(fun: Callable[..., Tensor], y: Tensor, *args: Any) -> Tenso
     explicit, captured, first = hoist(value, y, *tensors, of=fun)
     if not isinstance(first, Tensor) or first.shape != y.shape[: first.dim()]:
         came = tuple(first.shape) if isinstance(first, Tensor) else type(first).__name__
-        raise ShapeError(f"fun must return one value for each y, a tensor (*batch,) with y (*batch, ...): got {came}, y is {tuple(y.shape)}")
+        raise ShapeError(
+            f"fun must return one value for each y, a tensor (*batch,) with y (*batch, ...): got {came}, y is {tuple(y.shape)}"
+        )
     held = len(captured)
 
     def residual(v: Tensor, *theta: Tensor) -> Tensor:

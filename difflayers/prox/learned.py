@@ -6,21 +6,21 @@ Let ψ be a convex network and :math:`φ(y) = ψ(y) + \frac{μ}{2}\|y\|^2`. Its 
 
 is a bijection (μ > 0) and the proximal operator of a function R, the *prior*, which need not be convex:
 
-.. math:: f(y) = \arg\min_u \; R(u) + \tfrac12 \|u - y\|^2, \qquad R(x) = φ^*(x) - \tfrac12 \|x\|^2 = \max_y \; ⟨x, y⟩ - φ(y) - \tfrac12 \|x\|^2.
+.. math:: f(y) = \arg\min_u \; R(u) + \tfrac12 \|u - y\|^2, \qquad R(x) = \max_y \bigl(⟨x, y⟩ - φ(y)\bigr) - \tfrac12 \|x\|^2.
 
-Every gradient of a convex function is such an operator, and nothing else is. R is evaluated where f is inverted, at :math:`y = f^{-1}(x)`; by
-the envelope theorem :math:`∇R(x) = y - x` and :math:`∂R/∂θ = -∂_θ φ(y)` with y held. For any other step size γ,
+Every gradient of a convex function is such an operator, and nothing else is. R is evaluated where f is inverted, at :math:`y = f^{-1}(x)`;
+by the envelope theorem :math:`∇R(x) = y - x` and :math:`∂R/∂θ = -∂_θ φ(y)` with y held. For any other step size γ,
 
 .. math:: \operatorname{prox}_{γR}(x) = f(y), \qquad γ y + (1 - γ) f(y) = x,
 
-because the optimality condition is :math:`γ (y - u) + u - x = 0` with :math:`u = f(y)`. For γ = 1 that is y = x, for γ = 0 the inverse. The equation
-has the symmetric Jacobian :math:`γ I + (1 - γ) ∇^2 φ(y)`, positive definite for 0 ≤ γ ≤ 1, and beyond as long as
-:math:`∇^2 φ < \frac{γ}{γ - 1} I`, where γR + ½‖·‖² stops to be convex. It is solved by Newton's method with conjugate gradients, and so are the
-derivatives' linear systems.
+because the optimality condition is :math:`γ (y - u) + u - x = 0` with :math:`u = f(y)`. For γ = 1 that is y = x, for γ = 0 the inverse. The
+equation has the symmetric Jacobian :math:`γ I + (1 - γ) ∇^2 φ(y)`, positive definite for 0 ≤ γ ≤ 1, and beyond as long as
+:math:`∇^2 φ < \frac{γ}{γ - 1} I`, where γR + ½‖·‖² stops to be convex. It is solved by Newton's method with conjugate gradients, and so are
+the derivatives' linear systems.
 
-References: Fang, Buchanan and Sulam, What's in a prior? Learned proximal networks for inverse problems, ICLR 2024, arXiv:2310.14344; Gribonval
-and Nikolova, A characterization of proximity operators, J. Math. Imaging Vis. 62 (2020); Moreau, Proximité et dualité dans un espace
-hilbertien, 1965.
+References: Fang, Buchanan and Sulam, What's in a prior? Learned proximal networks for inverse problems, ICLR 2024, arXiv:2310.14344;
+Gribonval and Nikolova, A characterization of proximity operators, J. Math. Imaging Vis. 62 (2020); Moreau, Proximité et dualité dans un
+espace hilbertien, 1965.
 """
 
 from __future__ import annotations
@@ -65,8 +65,9 @@ class ProximalNetwork(nn.Module):
         return self.network(x) + self.strong_convexity / 2 * self._inner(x, x)
 
     def _slope(self, x: Tensor) -> Tensor:
-        if hasattr(self.network, "gradient"):
-            return self.network.gradient(x) + self.strong_convexity * x
+        gradient: Any = getattr(self.network, "gradient", None)
+        if gradient is not None:
+            return gradient(x) + self.strong_convexity * x
         return torch.func.grad(lambda x: self.network(x).sum())(x) + self.strong_convexity * x
 
     def _inner(self, x: Tensor, y: Tensor) -> Tensor:
@@ -102,10 +103,10 @@ class LearnedProximalNetwork(ProximalNetwork):
     methods are differentiable to any order, in x and in the parameters.
 
     Args:
-        potential: ψ, a convex network ``(*batch, *event) -> (*batch,)``: :class:`InputConvexNN`, :class:`ConvolutionalInputConvexNN`, or any module
-            that you know to be convex. It may have ``.gradient(x)``, and ``.event_ndim`` if that is not 1.
-        strong_convexity: μ ≥ 0, a lower bound of the Jacobian's eigenvalues. ``inverse``, ``prior`` and ``prox`` with γ < 1 need μ > 0, which also
-            says how well they can be computed: the condition number of their equations is ‖∇²φ‖ / μ.
+        potential: ψ, a convex network ``(*batch, *event) -> (*batch,)``: :class:`InputConvexNN`, :class:`ConvolutionalInputConvexNN`, or
+            any module that you know to be convex. It may have ``.gradient(x)``, and ``.event_ndim`` if that is not 1.
+        strong_convexity: μ ≥ 0, a lower bound of the Jacobian's eigenvalues. ``inverse``, ``prior`` and ``prox`` with γ < 1 need μ > 0,
+            which also says how well they can be computed: the condition number of their equations is ‖∇²φ‖ / μ.
         tol: of the equations that ``inverse``, ``prior`` and ``prox`` solve, relative to the size of their terms; None follows the dtype.
         max_iter: Newton steps for them; None for 50.
         on_failure: ``"raise"``, ``"nan"`` or ``"warn"`` where they are not solved.
@@ -148,8 +149,8 @@ class LearnedProximalNetwork(ProximalNetwork):
         Args:
             x: ``(*batch, *event)``.
             args: what a plug-and-play algorithm passes on, a noise level say; not looked at.
-            gamma: γ ≥ 0, a number or ``(*batch,)``. For γ > 1 the operator exists while γR + ½‖·‖² is convex; where it is not, the solve fails and
-                says so.
+            gamma: γ ≥ 0, a number or ``(*batch,)``. For γ > 1 the operator exists while γR + ½‖·‖² is convex; where it is not, the solve
+                fails and says so.
         """
         if not isinstance(gamma, Tensor) and gamma == 1:
             return self(x)

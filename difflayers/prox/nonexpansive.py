@@ -4,15 +4,15 @@ With a convex network ψ and :math:`R(x) = ψ(x) + \frac{μ}{2} \|x\|^2` the net
 
 .. math:: f(x) = \operatorname{prox}_R(x) = \arg\min_u \; R(u) + \tfrac12 \|u - x\|^2, \qquad u + ∇R(u) = x,
 
-the proximal operator of a *convex* prior that is known from the outset. So :math:`\|f(x) - f(x')\| \le \frac{1}{1 + μ} \|x - x'\|`, without a bound on
-any weight: plug-and-play iterations with it converge, to the one minimizer of a convex objective. The price is a solve where
+the proximal operator of a *convex* prior that is known from the outset. So :math:`\|f(x) - f(x')\| \le \frac{1}{1 + μ} \|x - x'\|`, without
+a bound on any weight: plug-and-play iterations with it converge, to the one minimizer of a convex objective. The price is a solve where
 :class:`~difflayers.prox.LearnedProximalNetwork` has one pass, and that priors which are not convex, those of natural images among them, can
 only be approached.
 
 The convex potential of f is that of a Moreau envelope, :math:`φ(x) = \max_u ⟨u, x⟩ - \frac12 \|u\|^2 - R(u)`.
 
-References: Moreau, Proximité et dualité dans un espace hilbertien, 1965; Bauschke and Combettes, Convex Analysis and Monotone Operator Theory
-in Hilbert Spaces, 2017, chapter 12.
+References: Moreau, Proximité et dualité dans un espace hilbertien, 1965; Bauschke and Combettes, Convex Analysis and Monotone Operator
+Theory in Hilbert Spaces, 2017, chapter 12.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 r"""Layers whose weights cannot become negative, whatever an optimizer does to their parameters.
 
-The weight is :math:`W = e^V`, elementwise, a parametrization of :mod:`torch.nn.utils.parametrize`: V is the parameter, W what the layer
+The weight is :math:`W = V ∘ V`, a parametrization of :mod:`torch.nn.utils.parametrize`: V is the parameter, W what the layer
 computes with. So no step has to be followed by a projection, and a state dict that was tampered with still is a convex network.
 """
 
@@ -16,7 +16,7 @@ __all__ = ["NonNegative", "NonNegativeConv2d", "NonNegativeLinear"]
 
 
 class NonNegative(nn.Module):
-    """The parametrization V ↦ exp(V)."""
+    """The parametrization V ↦ V²."""
 
     def forward(self, raw: Tensor) -> Tensor:
         """The weight.
@@ -24,26 +24,26 @@ class NonNegative(nn.Module):
         Args:
             raw: V.
         """
-        return raw.exp()
+        return raw.square()
 
     def right_inverse(self, weight: Tensor) -> Tensor:
         """V from a weight that is to be set.
 
         Args:
-            weight: not negative; zeros become the smallest positive number.
+            weight: not negative.
 
         Raises:
             ValueError: an entry is negative.
         """
         if bool((weight < 0).any()):
             raise ValueError(f"the weight must not be negative, got an entry {float(weight.min()):.3g}: the network would not be convex")
-        return weight.clamp_min(torch.finfo(weight.dtype).tiny).log()
+        return weight.sqrt()
 
 
 class _NonNegative(nn.Module):
     """What the layers share: the parametrization, a scale of the initial weights, and pickling.
 
-    The initial weights are log-normal with the mean 1 / fan-in, so that a layer passes averages on.
+    The initial weights are uniform with the mean 1 / fan-in, so that a layer passes averages on.
     """
 
     weight: Tensor
@@ -57,17 +57,13 @@ class _NonNegative(nn.Module):
         """Draw the initial weights."""
         fan_in = self.weight[0].numel()
         with torch.no_grad():
-            drawn = torch.empty_like(self.weight).log_normal_(mean=-_SPREAD**2 / 2, std=_SPREAD)
-            self.weight.copy_(drawn / fan_in)
+            self.weight.uniform_(0, 2 / fan_in)
 
     def __reduce__(self) -> Any:
         # A parametrized module has a class of its own, made on the fly, which pickle cannot find again.
         kind = next(cls for cls in type(self).__mro__ if cls.__module__ == __name__)
         args, options = self._made_by
         return _remake, (kind, args, options, self.state_dict(), self.training)
-
-
-_SPREAD = 0.5
 
 
 def _remake(kind: Any, args: tuple[Any, ...], options: dict[str, Any], state: dict[str, Tensor], training: bool) -> Any:
@@ -77,7 +73,7 @@ def _remake(kind: Any, args: tuple[Any, ...], options: dict[str, Any], state: di
 
 
 class NonNegativeLinear(_NonNegative, nn.Linear):
-    """A linear layer without bias whose weight is positive.
+    """A linear layer without bias whose weight is not negative.
 
     Args:
         in_features, out_features: as of :class:`torch.nn.Linear`.
@@ -86,7 +82,7 @@ class NonNegativeLinear(_NonNegative, nn.Linear):
 
 
 class NonNegativeConv2d(_NonNegative, nn.Conv2d):
-    """A convolution without bias whose kernel is positive.
+    """A convolution without bias whose kernel is not negative.
 
     Args:
         in_channels, out_channels, kernel_size, stride, padding: as of :class:`torch.nn.Conv2d`.

@@ -121,7 +121,7 @@ class _MatrixFree:
 
         self.step = self.solve(noted, -value, tol=1e-4)
 
-    solve = staticmethod(gmres)
+    solve: Callable[..., Solution] = staticmethod(gmres)
 
     @staticmethod
     def linearize(function: Callable[[Tensor], Tensor], x: Tensor) -> Callable[[Tensor], Tensor]:
@@ -135,7 +135,7 @@ class _MatrixFree:
 class _Symmetric(_MatrixFree):
     """The Newton step by conjugate gradients; a product with Jᵀ = J needs no second pass through F."""
 
-    solve = staticmethod(cg)
+    solve: Callable[..., Solution] = staticmethod(cg)
 
     @staticmethod
     def linearize(function: Callable[[Tensor], Tensor], x: Tensor) -> Callable[[Tensor], Tensor]:
