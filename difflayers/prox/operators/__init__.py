@@ -5,4 +5,6 @@ r"""Proximal operators, batched and differentiable to second order in x and in t
 
 from __future__ import annotations
 
-__all__: list[str] = []
+from .total_variation_1d import prox_tv1d
+
+__all__ = ["prox_tv1d"]
