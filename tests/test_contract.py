@@ -11,6 +11,7 @@ from tests.layers_cones import CONES
 from tests.layers_points import POINTS
 from tests.layers_projections import PROJECTIONS
 from tests.layers_prox_operators import PROX_OPERATORS
+from tests.layers_prox_tv import TOTAL_VARIATION
 from tests.layers_ranking import RANKING
 from tests.layers_rebasin import REBASIN
 from tests.layers_soft_sort import SOFT_SORT
@@ -32,6 +33,7 @@ LAYERS = (
     *POINTS,
     *REBASIN,
     *PROX_OPERATORS,
+    *TOTAL_VARIATION,
 )
 
 # The slow suite adds what takes long, and, for layers that are slow themselves, the nests that the others are tried on.

@@ -35,3 +35,6 @@ __all__ = [
     "soft_threshold",
     "top_k_abs",
 ]
+from .total_variation_1d import prox_tv1d
+
+__all__ = ["prox_tv1d"]
