@@ -13,3 +13,7 @@ __all__ = [
     "NonexpansiveProximalNetwork",
     "operators",
 ]
+from .convex_gradient import ConvexActivation, ConvexGradientNetwork
+from .matching import MatchingStage, ProximalMatchingLoss, ProximalMatchingSchedule
+
+__all__ = ["ConvexActivation", "ConvexGradientNetwork", "MatchingStage", "ProximalMatchingLoss", "ProximalMatchingSchedule", "operators"]
