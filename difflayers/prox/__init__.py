@@ -17,3 +17,9 @@ from .convex_gradient import ConvexActivation, ConvexGradientNetwork
 from .matching import MatchingStage, ProximalMatchingLoss, ProximalMatchingSchedule
 
 __all__ = ["ConvexActivation", "ConvexGradientNetwork", "MatchingStage", "ProximalMatchingLoss", "ProximalMatchingSchedule", "operators"]
+from .blur import Blur
+from .data_fidelity import L2
+from .linear_operators import LinearOperator, Mask, MatrixOperator, adjoint_error, squared_norm
+from .plug_and_play import PlugAndPlay
+
+__all__ = ["L2", "Blur", "LinearOperator", "Mask", "MatrixOperator", "PlugAndPlay", "adjoint_error", "operators", "squared_norm"]
