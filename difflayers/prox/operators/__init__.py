@@ -21,6 +21,7 @@ from __future__ import annotations
 from .groups import prox_group_lasso
 from .norms import prox_elastic_net, prox_huber, prox_l2, prox_linf, prox_squared_l2
 from .thresholds import firm_threshold, hard_threshold, prox_l0, soft_threshold, top_k_abs
+from .total_variation_1d import prox_tv1d
 
 __all__ = [
     "firm_threshold",
@@ -32,9 +33,7 @@ __all__ = [
     "prox_l2",
     "prox_linf",
     "prox_squared_l2",
+    "prox_tv1d",
     "soft_threshold",
     "top_k_abs",
 ]
-from .total_variation_1d import prox_tv1d
-
-__all__ = ["prox_tv1d"]
