@@ -24,7 +24,8 @@ class _Call(nn.Module):
         super().__init__()
         self.network, self.method = network, method
 
-    def forward(self, x: Tensor, **options: Any) -> Tensor:
+    def forward(self, x: Tensor, *, on_failure: str = "raise", **options: Any) -> Tensor:
+        self.network.on_failure = on_failure
         return getattr(self.network, self.method)(x, **options)
 
 
