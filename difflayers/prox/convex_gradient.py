@@ -30,7 +30,7 @@ from torch.nn.functional import linear
 from torch.nn.utils.parametrize import register_parametrization
 
 from ..errors import ShapeError
-from ..implicit import implicit_root
+from ..implicit import implicit_root, stationary_value
 from ..solution import OnFailure
 
 __all__ = ["ConvexActivation", "ConvexGradientNetwork"]
@@ -234,7 +234,9 @@ class ConvexGradientNetwork(nn.Module):
         return torch.where(lost, torch.nan, self._gradient(y, *parameters))
 
     def prior(self, x: Tensor, *, tol: float | None = None, max_iter: int | None = None, on_failure: OnFailure = "raise") -> Tensor:
-        """R(x) = ⟨y, x⟩ − ½‖x‖² − ψ(y) with y = g⁻¹(x): the function whose proximal operator g is, up to a constant. Its gradient is y − x.
+        """R(x) = ⟨y, x⟩ − ½‖x‖² − ψ(y) with y = g⁻¹(x): the function whose proximal operator g is, up to a constant.
+
+        Its gradient is y − x, by the envelope theorem, and takes no linear system.
 
         Args:
             x: ``(*batch, n)``.
@@ -249,7 +251,8 @@ class ConvexGradientNetwork(nn.Module):
         """
         y, lost = _without_nan(self.inverse(x, tol=tol, max_iter=max_iter, on_failure=on_failure))
         x = torch.where(lost, 0, x)
-        return torch.where(lost.squeeze(-1), torch.nan, (y * x).sum(-1) - x.square().sum(-1) / 2 - self.potential(y))
+        conjugate = stationary_value(lambda y, x: (y * x).sum(-1) - self.potential(y), y, x)
+        return torch.where(lost.squeeze(-1), torch.nan, conjugate - x.square().sum(-1) / 2)
 
     def jacobian_bounds(self) -> tuple[Tensor, Tensor]:
         """Scalars l and L with l·I ≤ ∂g/∂x ≤ L·I at every x: strong convexity and Lipschitz constant."""
