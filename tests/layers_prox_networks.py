@@ -14,10 +14,10 @@ from difflayers.solution import Status
 from tests.layers import Failure, Inputs, Layer, randn
 from tests.reference import newton_root
 
-__all__ = ["PROX_NETWORKS"]
+__all__ = ["PROX_NETWORKS", "MethodOf"]
 
 
-class _Call(nn.Module):
+class MethodOf(nn.Module):
     """A method of a network as a module."""
 
     def __init__(self, network: nn.Module, method: str) -> None:
@@ -81,7 +81,7 @@ _NAN = Failure("NaN", _not_finite, NotConvergedError, (Status.NUMERICAL_ERROR,))
 
 def _convex_gradient() -> tuple[Layer, ...]:
     def calls(method: str, **options: Any):
-        module = _Call(_network(**options), method)
+        module = MethodOf(_network(**options), method)
         name = "network.parametrizations.weight.original" if "lipschitz" in options else "network.weight"
 
         def call(x: Tensor, M: Tensor, b: Tensor, g0: Tensor, **options: Any) -> Tensor:

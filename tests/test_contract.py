@@ -10,6 +10,7 @@ from tests.layers import Layer
 from tests.layers_cones import CONES
 from tests.layers_points import POINTS
 from tests.layers_projections import PROJECTIONS
+from tests.layers_prox_learned import PROX_LEARNED
 from tests.layers_prox_networks import PROX_NETWORKS
 from tests.layers_prox_operators import PROX_OPERATORS
 from tests.layers_prox_tv import TOTAL_VARIATION
@@ -36,6 +37,7 @@ LAYERS = (
     *PROX_OPERATORS,
     *TOTAL_VARIATION,
     *PROX_NETWORKS,
+    *PROX_LEARNED,
 )
 
 # The slow suite adds what takes long, and, for layers that are slow themselves, the nests that the others are tried on.
