@@ -166,6 +166,7 @@ class Indicator:
         self.projection, self.arguments, self.options = projection, arguments, options
 
     def __call__(self, x: Tensor, gamma: Any = 1.0) -> Tensor:
+        """The projection; ``gamma`` is not used."""
         return self.projection(x, *self.arguments, **self.options)
 
 

@@ -10,9 +10,10 @@ With single entries and d = 1 it is half the square of the k-support norm. With 
 .. math:: u_j = \operatorname{clip}(a_j / t - λ d_j, 0, 1), \quad Σu = k, \qquad
    p_j = \begin{cases} 0 & u_j = 0 \\ x_j - λ \sqrt{d_j}\, t\, x_j / \|x_j\| & 0 < u_j < 1 \\ x_j / (1 + λ d_j) & u_j = 1, \end{cases}
 
-so the middle groups get shorter, the large ones are scaled. Σu is piecewise linear in s = 1/t; its bends are sorted, and the one before
-the root is found by bisection. On the segment the root is a ratio of sums over the middle groups F,
-:math:`s = (k - |\{u_j = 1\}| + λ Σ_F d_j) / Σ_F a_j`, which autograd differentiates to any order. Where at most k groups are nonzero, u = 1.
+so the middle groups get shorter, the large ones are scaled. Σu is piecewise linear in s = 1/t; its bends are sorted, and the one
+before the root is found by bisection. On the segment the root is a ratio of sums over the middle groups F,
+:math:`s = (k - |\{u_j = 1\}| + λ Σ_F d_j) / Σ_F a_j`, which autograd differentiates to any order. Where at most k groups are
+nonzero, u = 1.
 
 References: Argyriou, Foygel and Srebro, Sparse prediction with the k-support norm, NIPS 2012, arXiv:1204.5043; Beck and Refael, Sparse
 regularization via bidualization, Journal of Global Optimization 82 (2022); Lai, Pong, Fu and Tang, New perspectives on k-support and

@@ -22,13 +22,13 @@ class Prox(nn.Module):
     """A proximal operator as a module: an activation, a shrinkage with a learned weight, a prior for plug-and-play algorithms.
 
     Args:
-        operator: the name of a function of this package, with or without its prefix ``prox_`` ("soft_threshold", "l2", "nuclear", …), or any
-            function ``(x, **parameters) -> x``.
+        operator: the name of a function of this package, with or without its prefix ``prox_`` ("soft_threshold", "l2", "nuclear", …), or
+            any function ``(x, **parameters) -> x``.
         learn: the parameters that are learned. They begin at the given values and stay positive whatever an optimizer does: each is
             the softplus of a parameter ``raw_…``, and ``module.lam`` is the positive tensor.
         scaled: the parameters that multiply the penalty, which ``.prox`` multiplies by γ. None for those whose name begins with "lam".
-        parameters: what the function takes after x, by name. Tensors become buffers, an ``nn.Parameter`` is learned as it is (and refused by
-            the operator where it is negative), anything else is passed on.
+        parameters: what the function takes after x, by name. Tensors become buffers, an ``nn.Parameter`` is learned as it is (and refused
+            by the operator where it is negative), anything else is passed on.
 
     Raises:
         ValueError: the operator is not known, or a learned parameter has no value, or not a positive one, to begin with.
@@ -119,7 +119,7 @@ class Prox(nn.Module):
 
     def __getattr__(self, name: str) -> Any:
         if name in self.__dict__.get("learned", ()):
-            return nn.functional.softplus(super().__getattr__(f"raw_{name}"))
+            return nn.functional.softplus(self._parameters[f"raw_{name}"])
         return super().__getattr__(name)
 
     def _value(self, name: str) -> Any:

@@ -6,9 +6,9 @@ whose larger root is the local minimizer; where it is no better than zero, the m
 
 .. math:: \min_{u \ge 0} \; \tfrac12 (u - x)^2 + λ u^p: \qquad u + λ p u^{p-1} = x.
 
-For p < 1 the minimizer is zero below :math:`τ = β + λ p β^{p-1}`, :math:`β = (2λ(1 - p))^{1/(2-p)}`, and the larger root, which is at least
-β, from there on; for p > 1 it is the only root. The root is found by Newton's method in a bracket, for w = log u, in which the equation is a
-sum of exponentials: so roots of all sizes are found to rounding. Its derivatives come from the implicit rule, in x, λ and p.
+For p < 1 the minimizer is zero below :math:`τ = β + λ p β^{p-1}`, :math:`β = (2λ(1 - p))^{1/(2-p)}`, and the larger root, which is at
+least β, from there on; for p > 1 it is the only root. The root is found by Newton's method in a bracket, for w = log u, in which the
+equation is a sum of exponentials: so roots of all sizes are found to rounding. Its derivatives come from the implicit rule, in x, λ and p.
 
 References: Candès, Wakin and Boyd, Enhancing sparsity by reweighted ℓ₁ minimization, 2008, arXiv:0711.1612; Gong, Zhang, Lu, Huang and
 Ye, A general iterative shrinkage and thresholding algorithm, ICML 2013, arXiv:1303.4434; Marjanovic and Solo, On ℓq optimization and
