@@ -26,6 +26,7 @@ from .norms import prox_elastic_net, prox_huber, prox_l2, prox_linf, prox_square
 from .penalties import prox_log, prox_lp
 from .spectral import prox_nuclear
 from .thresholds import firm_threshold, hard_threshold, prox_l0, soft_threshold, top_k_abs
+from .total_variation_1d import prox_tv1d
 
 __all__ = [
     "Prox",
@@ -47,6 +48,7 @@ __all__ = [
     "prox_lp",
     "prox_nuclear",
     "prox_squared_l2",
+    "prox_tv1d",
     "soft_threshold",
     "top_k_abs",
 ]

@@ -119,7 +119,7 @@ class Prox(nn.Module):
 
     def __getattr__(self, name: str) -> Any:
         if name in self.__dict__.get("learned", ()):
-            return nn.functional.softplus(self._parameters[f"raw_{name}"])
+            return nn.functional.softplus(self.get_parameter(f"raw_{name}"))
         return super().__getattr__(name)
 
     def _value(self, name: str) -> Any:
