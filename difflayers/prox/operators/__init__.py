@@ -27,6 +27,7 @@ from .penalties import prox_log, prox_lp
 from .spectral import prox_nuclear
 from .thresholds import firm_threshold, hard_threshold, prox_l0, soft_threshold, top_k_abs
 from .total_variation_1d import prox_tv1d
+from .total_variation_2d import TotalVariationSolution, prox_tv2d, solve_tv2d
 
 __all__ = [
     "Prox",
@@ -52,3 +53,4 @@ __all__ = [
     "soft_threshold",
     "top_k_abs",
 ]
+__all__ = ["TotalVariationSolution", "prox_tv1d", "prox_tv2d", "solve_tv2d"]
