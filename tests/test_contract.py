@@ -10,6 +10,7 @@ from tests.layers import Layer
 from tests.layers_cones import CONES
 from tests.layers_points import POINTS
 from tests.layers_projections import PROJECTIONS
+from tests.layers_prox_plug_and_play import PLUG_AND_PLAY
 from tests.layers_ranking import RANKING
 from tests.layers_rebasin import REBASIN
 from tests.layers_soft_sort import SOFT_SORT
@@ -30,6 +31,7 @@ LAYERS = (
     *UNBALANCED,
     *POINTS,
     *REBASIN,
+    *PLUG_AND_PLAY,
 )
 
 # The slow suite adds what takes long, and, for layers that are slow themselves, the nests that the others are tried on.
