@@ -13,8 +13,8 @@ from tests.layers_projections import PROJECTIONS
 from tests.layers_prox_learned import PROX_LEARNED
 from tests.layers_prox_networks import PROX_NETWORKS
 from tests.layers_prox_operators import PROX_OPERATORS
-from tests.layers_prox_tv import TOTAL_VARIATION
 from tests.layers_prox_plug_and_play import PLUG_AND_PLAY
+from tests.layers_prox_tv import TOTAL_VARIATION
 from tests.layers_ranking import RANKING
 from tests.layers_rebasin import REBASIN
 from tests.layers_soft_sort import SOFT_SORT

@@ -31,6 +31,7 @@ from .total_variation_2d import TotalVariationSolution, prox_tv2d, solve_tv2d
 
 __all__ = [
     "Prox",
+    "TotalVariationSolution",
     "firm_threshold",
     "group_sparse_envelope",
     "hard_threshold",
@@ -50,7 +51,8 @@ __all__ = [
     "prox_nuclear",
     "prox_squared_l2",
     "prox_tv1d",
+    "prox_tv2d",
     "soft_threshold",
+    "solve_tv2d",
     "top_k_abs",
 ]
-__all__ = ["TotalVariationSolution", "prox_tv1d", "prox_tv2d", "solve_tv2d"]
