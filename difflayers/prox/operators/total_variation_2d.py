@@ -65,11 +65,12 @@ def prox_tv2d(
     norm: Literal["isotropic", "anisotropic"] = "isotropic",
     tol: float = 1e-6,
     max_iter: int = 5000,
+    polish: bool | None = None,
     on_failure: OnFailure = "raise",
 ) -> Tensor:
     """The nearest image of small total variation: ``argmin_u ½‖u − x‖² + λ Σ_p w_p ‖(Du)_p‖``.
 
-    :func:`solve_tv2d` is the same with the dual, the gap and a warm start.
+    :func:`solve_tv2d` is the same with the dual, the gap and a warm start, and says more on derivatives and polishing.
 
     Args:
         x: ``(*batch, H, W)``.
@@ -78,6 +79,7 @@ def prox_tv2d(
         norm: of the two differences of a pixel: their 2-norm, or the sum of their absolute values.
         tol: of the duality gap relative to the energy; the squared distance to the solution is at most ``2 * tol`` times the energy.
         max_iter: iterations at the most.
+        polish: whether an isotropic solution is sharpened by Newton's method on its regions; None: where a derivative is wanted.
         on_failure: ``"raise"``, ``"nan"`` or ``"warn"`` where the gap is not reached, λ or a weight is negative, or something not finite.
 
     Returns:
@@ -96,7 +98,7 @@ def prox_tv2d(
         tensor([[0.1500, 0.1500, 1.0000],
                 [0.1500, 0.1500, 1.0000]])
     """
-    return solve_tv2d(x, lam, weights, norm=norm, tol=tol, max_iter=max_iter, on_failure=on_failure).u
+    return solve_tv2d(x, lam, weights, norm=norm, tol=tol, max_iter=max_iter, polish=polish, on_failure=on_failure).u
 
 
 @eager
@@ -108,6 +110,7 @@ def solve_tv2d(
     norm: Literal["isotropic", "anisotropic"] = "isotropic",
     tol: float = 1e-6,
     max_iter: int = 5000,
+    polish: bool | None = None,
     warm_start: TotalVariationSolution | None = None,
     on_failure: OnFailure = "raise",
 ) -> TotalVariationSolution:
@@ -116,9 +119,9 @@ def solve_tv2d(
     Computed in float64. ``u`` is differentiable in x, λ and the weights, to any order, almost everywhere: derivatives are those of the
     solution whose flat regions are the ones found. A multiplier that is just at its bound counts as inside, so its pixel as flat.
 
-    Where a derivative is wanted, the isotropic solution is also sharpened by Newton's method on its regions, on the CPU: u is
-    then the exact solution for these regions, and differs from what the same call returns without a derivative by no more than the
-    tolerance allows. Anisotropic solutions are always sharpened, which costs little.
+    Polishing makes u the exact solution for the regions found, by Newton's method on the CPU. Derivatives need it, so it is the default
+    where one is wanted: the same call without a derivative returns an isotropic u that may differ by what the tolerance allows.
+    Anisotropic solutions are always polished, which costs little.
 
     Args:
         x: ``(*batch, H, W)``.
@@ -127,6 +130,7 @@ def solve_tv2d(
         norm: of the two differences of a pixel: their 2-norm, or the sum of their absolute values.
         tol: of the duality gap relative to the energy; the squared distance to the solution is at most ``2 * tol`` times the energy.
         max_iter: iterations at the most.
+        polish: whether an isotropic solution is sharpened by Newton's method on its regions; None: where a derivative is wanted.
         warm_start: the solution of a similar problem, whose dual is where the iteration starts.
         on_failure: ``"raise"``, ``"nan"`` or ``"warn"`` where the gap is not reached, λ or a weight is negative, or something not finite.
 
@@ -153,7 +157,8 @@ def solve_tv2d(
     if dual.shape[-3:] != (2, *grid):
         raise ShapeError(f"warm_start is for images of {tuple(dual.shape[-2:])}, x has {tuple(grid)}")
     differentiated = in_a_transform(x64, w) or (torch.is_grad_enabled() and (x64.requires_grad or w.requires_grad))
-    search = _Search(len(batch), isotropic, tol, max_iter, on_failure, differentiated)
+    sharp = differentiated or bool(polish)
+    search = _Search(len(batch), isotropic, tol, max_iter, on_failure, sharp)
     operands = visible_to_modes([x64.detach(), w.detach(), dual.detach()])
     u, dual, labels, free, status, gap, iterations = ImplicitFunction.apply(search, x64.new_zeros(0), *operands)[1:]
     if differentiated:
@@ -224,22 +229,32 @@ class _Search(BroadcastingProblem):
         report_failures(Solution(u, status, gap, iterations), "prox_tv2d", self.on_failure)
         return x0.clone(), u, *rest, status, gap, iterations
 
-    def _solve(self, x: Tensor, w: Tensor, z: Tensor) -> tuple[Tensor, ...]:
+    def _solve(self, x: Tensor, w: Tensor, z: Tensor) -> list[Tensor]:
+        if len(x) == 0 or (self.isotropic and not self.sharp):
+            split = split_bregman(x, w, z, True, self.tol, self.max_iter)
+            labels = split.iterations.new_zeros(len(x), x.shape[1] * x.shape[2])
+            return [split.u, split.z, labels, ~split.flat, split.gap, split.iterations]
+        running = torch.arange(len(x), device=x.device)
+        spent = torch.zeros_like(running)
+        found: list[Tensor] = []
         goal = self.tol if self.isotropic else max(self.tol, _COARSE)
-        iterations = torch.zeros(len(x), dtype=torch.int64, device=x.device)
-        while True:
+        # A sharpened image may miss a gap that its start has met, where the regions were not the right ones yet.
+        for goal in (goal, goal / 10, goal / 100, self.tol / 1000):
             split = split_bregman(x, w, z, self.isotropic, goal, self.max_iter)
-            iterations = iterations + split.iterations
-            if self.isotropic and not self.sharp:
-                labels = iterations.new_zeros(len(x), x[0].numel())
-                return split.u, split.z, labels, ~split.flat, split.gap, iterations
-            found = sharpen(*(part.cpu().numpy() for part in (x, w, split.u, split.flat)), self.isotropic)
-            u, labels, free = (torch.from_numpy(part).to(x.device) for part in found)
+            arrays = sharpen(*(part.cpu().numpy() for part in (x, w, split.u, split.flat)), self.isotropic)
+            u, labels, free = (torch.from_numpy(part).to(x.device) for part in arrays)
             gap = duality_gap(u, split.z, x, w, self.isotropic)
-            done = (gap <= self.tol) | (split.iterations >= self.max_iter)
-            if goal <= self.tol or bool(done.all()):
-                return u, split.z, labels, free, gap, iterations
-            goal, z = max(goal / 10, self.tol), split.z
+            spent = spent + split.iterations
+            parts = [u, split.z, labels, free, gap, spent]
+            if not found:
+                found = [part.clone() for part in parts]
+            for whole, part in zip(found, parts, strict=True):
+                whole[running] = part
+            left = (gap > self.tol) & (spent < self.max_iter)
+            if not bool(left.any()):
+                break
+            running, x, w, z, spent = running[left], x[left], w[left], split.z[left], spent[left]
+        return found
 
     def deeper(self, size: int) -> _Search:
         return _Search(self.batch_ndim + 1, self.isotropic, self.tol, self.max_iter, self.on_failure, self.sharp)
