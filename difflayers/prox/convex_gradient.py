@@ -27,7 +27,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
-from torch.nn.utils.parametrize import register_parametrization
 
 from ..errors import ShapeError
 from ..implicit import implicit_root, stationary_value
@@ -90,8 +89,6 @@ class ConvexGradientNetwork(nn.Module):
         True
     """
 
-    weight: Tensor
-
     def __init__(
         self,
         dim: int,
@@ -123,15 +120,22 @@ class ConvexGradientNetwork(nn.Module):
         self.offset = nn.Parameter(torch.zeros(dim))
         # M: the rows of A above those of √d W, so that its spectral norm is what the Jacobian can reach.
         quadratic = 0.7 * torch.eye(rank, dim) + 0.1 * torch.randn(rank, dim) / math.sqrt(dim)
-        self.weight = nn.Parameter(torch.cat([quadratic, torch.randn(hidden, dim) / math.sqrt(dim)]))
-        if lipschitz is not None:
-            register_parametrization(self, "weight", _SpectralLimit(math.sqrt(lipschitz - strong_convexity)))
+        self.matrix = nn.Parameter(torch.cat([quadratic, torch.randn(hidden, dim) / math.sqrt(dim)]))
 
-    def forward(self, x: Tensor) -> Tensor:
+    @property
+    def weight(self) -> Tensor:
+        """M: the parameter ``matrix``, made smaller where its spectral norm is more than ``lipschitz`` leaves room for."""
+        if self.lipschitz is None:
+            return self.matrix
+        limit = math.sqrt(self.lipschitz - self.strong_convexity)
+        return self.matrix * (limit / _largest_eigenvalue(self.matrix).sqrt().clamp_min(limit))
+
+    def forward(self, x: Tensor, sigma: Any = None) -> Tensor:
         """g(x).
 
         Args:
             x: ``(*batch, n)``.
+            sigma: not used; there for algorithms that call a denoiser with a noise level.
 
         Returns:
             Like x.
@@ -225,7 +229,7 @@ class ConvexGradientNetwork(nn.Module):
             if gamma == 1:
                 return self._gradient(x, *parameters)
             gamma = x.new_tensor(gamma)
-        gamma = gamma.unsqueeze(-1)
+        gamma = gamma.to(x.dtype).unsqueeze(-1)
         x = x.expand(torch.broadcast_shapes(x.shape, gamma.shape))
         # A value that makes no sense fails as NaN, in its own element: under vmap it cannot be looked at.
         gamma = torch.where((gamma > 0) & (gamma <= limit), gamma, torch.nan)
@@ -257,7 +261,7 @@ class ConvexGradientNetwork(nn.Module):
     def jacobian_bounds(self) -> tuple[Tensor, Tensor]:
         """Scalars l and L with l·I ≤ ∂g/∂x ≤ L·I at every x: strong convexity and Lipschitz constant."""
         A, _ = self._parts(self.weight)
-        least = torch.linalg.eigvalsh(A.mT @ A)[0].clamp_min(0) if self.rank >= self.dim else self.weight.new_zeros(())
+        least = torch.linalg.eigvalsh(A.mT @ A)[0].clamp_min(0) if self.rank >= self.dim else self.matrix.new_zeros(())
         return self.strong_convexity + least, self.strong_convexity + _largest_eigenvalue(self.weight)
 
     def extra_repr(self) -> str:
@@ -298,17 +302,6 @@ class ConvexGradientNetwork(nn.Module):
         if x.dim() < 1 or x.shape[-1] != self.dim:
             raise ShapeError(f"x must have the shape (*batch, {self.dim}), got {tuple(x.shape)}")
         return x
-
-
-class _SpectralLimit(nn.Module):
-    """M, made smaller where its spectral norm is more than the limit."""
-
-    def __init__(self, limit: float) -> None:
-        super().__init__()
-        self.limit = limit
-
-    def forward(self, M: Tensor) -> Tensor:
-        return M * (self.limit / _largest_eigenvalue(M).sqrt().clamp_min(self.limit))
 
 
 def _largest_eigenvalue(M: Tensor) -> Tensor:
