@@ -2,8 +2,33 @@
 
 from . import operators
 from .blur import Blur
+from .convex_gradient import ConvexActivation, ConvexGradientNetwork
+from .convolutional import ConvolutionalInputConvexNN
 from .data_fidelity import L2
+from .icnn import InputConvexNN
+from .learned import LearnedProximalNetwork
 from .linear_operators import LinearOperator, Mask, MatrixOperator, adjoint_error, squared_norm
+from .matching import MatchingStage, ProximalMatchingLoss, ProximalMatchingSchedule
+from .nonexpansive import NonexpansiveProximalNetwork
 from .plug_and_play import PlugAndPlay
 
-__all__ = ["L2", "Blur", "LinearOperator", "Mask", "MatrixOperator", "PlugAndPlay", "adjoint_error", "operators", "squared_norm"]
+__all__ = [
+    "L2",
+    "Blur",
+    "ConvexActivation",
+    "ConvexGradientNetwork",
+    "ConvolutionalInputConvexNN",
+    "InputConvexNN",
+    "LearnedProximalNetwork",
+    "LinearOperator",
+    "Mask",
+    "MatchingStage",
+    "MatrixOperator",
+    "NonexpansiveProximalNetwork",
+    "PlugAndPlay",
+    "ProximalMatchingLoss",
+    "ProximalMatchingSchedule",
+    "adjoint_error",
+    "operators",
+    "squared_norm",
+]
