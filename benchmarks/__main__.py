@@ -7,6 +7,7 @@ import argparse
 from benchmarks import (
     cones,
     core,
+    learned_prox,
     maros_meszaros,
     point_clouds,
     projections,
@@ -39,3 +40,4 @@ if __name__ == "__main__":
     transport_peers.main(short=short)
     rebasin.main(short=short)
     point_clouds.main(short=short)
+    learned_prox.main(short=short)
