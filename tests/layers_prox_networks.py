@@ -82,8 +82,6 @@ _NAN = Failure("NaN", _not_finite, NotConvergedError, (Status.NUMERICAL_ERROR,))
 def _convex_gradient() -> tuple[Layer, ...]:
     def calls(method: str, **options: Any):
         module = MethodOf(_network(**options), method)
-        name = "network.parametrizations.weight.original" if "lipschitz" in options else "network.weight"
-        module = _Call(_network(**options), method)
 
         def call(x: Tensor, M: Tensor, b: Tensor, g0: Tensor, **options: Any) -> Tensor:
             return functional_call(module, {"network.matrix": M, "network.bias": b, "network.offset": g0}, x, options)

@@ -142,7 +142,6 @@ class ConvexGradientNetwork(ProximalNetwork):
         Args:
             x: ``(*batch, n)``.
             sigma: the noise level, as plug-and-play algorithms pass it; not looked at.
-            sigma: not used; there for algorithms that call a denoiser with a noise level.
 
         Returns:
             Like x.
@@ -170,102 +169,6 @@ class ConvexGradientNetwork(ProximalNetwork):
         A, W = self._parts(self.weight)
         H = self._activation.potential(self._grouped(linear(x, W, self.bias))).sum(-1)
         return H + linear(x, A).square().sum(-1) / 2 + self.strong_convexity / 2 * x.square().sum(-1) + x @ self.offset
-
-    def inverse(self, x: Tensor, *, tol: float | None = None, max_iter: int | None = None, on_failure: OnFailure = "raise") -> Tensor:
-        """The y with g(y) = x: the minimum of ψ(y) − ⟨x, y⟩, by Newton's method, differentiated implicitly.
-
-        It exists for every x if the strong convexity, or the smallest eigenvalue of AᵀA, is positive.
-
-        Args:
-            x: ``(*batch, n)``.
-            tol, max_iter, on_failure: as in :func:`~difflayers.implicit.implicit_root`.
-
-        Returns:
-            Like x.
-
-        Raises:
-            ShapeError: the last dimension is not n.
-            NotConvergedError, SingularError: there is no such y, or it was not found.
-        """
-
-        def residual(y: Tensor, x: Tensor, *parameters: Tensor) -> Tensor:
-            return self._gradient(y, *parameters) - x
-
-        x = self._checked(x)
-        solve = implicit_root(residual, symmetric=True, batch_ndim=x.dim() - 1, tol=tol, max_iter=max_iter, on_failure=on_failure)
-        return solve(x.nan_to_num(), x, self.weight, self.bias, self.offset)
-
-    def prox(
-        self,
-        x: Tensor,
-        *args: Any,
-        gamma: float | Tensor = 1.0,
-        tol: float | None = None,
-        max_iter: int | None = None,
-        on_failure: OnFailure = "raise",
-    ) -> Tensor:
-        r"""The proximal operator of γR, where g is that of R: the minimum of γR(u) + ½‖u − x‖².
-
-        It is g itself for γ = 1. Else it is u = g(y) with γy + (1 − γ)g(y) = x, one root. That has one solution if γ(L − 1) < L for an
-        upper bound L of the Jacobian: for γ ≤ 1 always, and for every γ if g is nonexpansive.
-
-        Args:
-            x: ``(*batch, n)``.
-            args: not used; there for the calls ``prior.prox(x, sigma, gamma=...)`` of other packages.
-            gamma: γ > 0, a number or ``(*batch,)``. More than 1 wants the option ``lipschitz``.
-            tol, max_iter, on_failure: as in :func:`~difflayers.implicit.implicit_root`.
-
-        Returns:
-            Like x.
-
-        Raises:
-            ShapeError: the last dimension is not n.
-            ValueError: the proximal operator of γR need not be a function, for a number γ.
-            NotConvergedError: the same for a tensor γ, or the root was not found.
-        """
-
-        def residual(y: Tensor, x: Tensor, gamma: Tensor, *parameters: Tensor) -> Tensor:
-            return gamma * y + (1 - gamma) * self._gradient(y, *parameters) - x
-
-        x = self._checked(x)
-        limit, parameters = self._largest_gamma(), (self.weight, self.bias, self.offset)
-        if not isinstance(gamma, Tensor):
-            if not 0 < gamma < math.inf or gamma > limit:
-                raise ValueError(
-                    f"gamma must be positive and at most {limit:g} for lipschitz={self.lipschitz}, got {gamma}; "
-                    "with lipschitz=1.0 every gamma is right"
-                )
-            if gamma == 1:
-                return self._gradient(x, *parameters)
-            gamma = x.new_tensor(gamma)
-        gamma = gamma.to(x.dtype).unsqueeze(-1)
-        x = x.expand(torch.broadcast_shapes(x.shape, gamma.shape))
-        # A value that makes no sense fails as NaN, in its own element: under vmap it cannot be looked at.
-        gamma = torch.where((gamma > 0) & (gamma <= limit), gamma, torch.nan)
-        solve = implicit_root(residual, symmetric=True, batch_ndim=x.dim() - 1, tol=tol, max_iter=max_iter, on_failure=on_failure)
-        y, lost = _without_nan(solve(x.nan_to_num(), x, gamma, *parameters))
-        return torch.where(lost, torch.nan, self._gradient(y, *parameters))
-
-    def prior(self, x: Tensor, *, tol: float | None = None, max_iter: int | None = None, on_failure: OnFailure = "raise") -> Tensor:
-        """R(x) = ⟨y, x⟩ − ½‖x‖² − ψ(y) with y = g⁻¹(x): the function whose proximal operator g is, up to a constant.
-
-        Its gradient is y − x, by the envelope theorem, and takes no linear system.
-
-        Args:
-            x: ``(*batch, n)``.
-            tol, max_iter, on_failure: as in :meth:`inverse`.
-
-        Returns:
-            ``(*batch,)``.
-
-        Raises:
-            ShapeError: the last dimension is not n.
-            NotConvergedError, SingularError: x is not in the range of g, where R is infinite, or the inverse was not found.
-        """
-        y, lost = _without_nan(self.inverse(x, tol=tol, max_iter=max_iter, on_failure=on_failure))
-        x = torch.where(lost, 0, x)
-        conjugate = stationary_value(lambda y, x: (y * x).sum(-1) - self.potential(y), y, x)
-        return torch.where(lost.squeeze(-1), torch.nan, conjugate - x.square().sum(-1) / 2)
 
     def jacobian_bounds(self) -> tuple[Tensor, Tensor]:
         """Scalars l and L with l·I ≤ ∂g/∂x ≤ L·I at every x: strong convexity and Lipschitz constant."""
