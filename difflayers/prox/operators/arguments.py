@@ -51,6 +51,8 @@ def check_entry_weight(value: Number, name: str, x: Tensor, *, positive: bool = 
         _check_number(value, name, positive)
         return
     check_parameter(value, name, x, ())
+    if not value.dim():
+        return
     try:
         torch.broadcast_shapes(value.shape, x.shape)
     except RuntimeError as error:
