@@ -27,9 +27,11 @@ from .penalties import prox_log, prox_lp
 from .spectral import prox_nuclear
 from .thresholds import firm_threshold, hard_threshold, prox_l0, soft_threshold, top_k_abs
 from .total_variation_1d import prox_tv1d
+from .total_variation_2d import TotalVariationSolution, prox_tv2d, solve_tv2d
 
 __all__ = [
     "Prox",
+    "TotalVariationSolution",
     "firm_threshold",
     "group_sparse_envelope",
     "hard_threshold",
@@ -49,6 +51,8 @@ __all__ = [
     "prox_nuclear",
     "prox_squared_l2",
     "prox_tv1d",
+    "prox_tv2d",
     "soft_threshold",
+    "solve_tv2d",
     "top_k_abs",
 ]
