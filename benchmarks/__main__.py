@@ -11,6 +11,7 @@ from benchmarks import (
     maros_meszaros,
     point_clouds,
     projections,
+    prox_operators,
     qp,
     rebasin,
     soft_sort,
@@ -32,6 +33,7 @@ if __name__ == "__main__":
     cones.main(short=short)
     core.main(short=short)
     projections.main(short=short)
+    prox_operators.main(short=short)
     sorting.main(short=short)
     soft_sort.main(short=short)
     sorting_families.main(short=short)

@@ -28,6 +28,7 @@ from torch import Tensor
 from ...errors import ShapeError
 from ...implicit.broadcasting import ExplicitProblem
 from ...implicit.closure import hoist, visible_to_modes
+from ...implicit.eager import eager
 from ...implicit.function import Problem, solve_implicitly
 from ...implicit.methods import LinearMethod
 from ...solution import Solution
@@ -113,6 +114,7 @@ def prox_indicator(projection: Callable[..., Tensor], *arguments: Any, **options
     return Indicator(projection, arguments, options)
 
 
+@eager
 def moreau_envelope(fun: Callable[[Tensor], Tensor], prox: Operator, x: Tensor, gamma: Number = 1.0) -> Tensor:
     """The Moreau envelope M(x) = min_u f(u) + ‖u − x‖²/(2γ), a smooth function with the minimizers of f.
 
