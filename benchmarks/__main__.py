@@ -17,6 +17,7 @@ from benchmarks import (
     sorting_families,
     sparse_qp,
     sparse_transport,
+    total_variation,
     transport,
     transport_peers,
 )
@@ -39,3 +40,4 @@ if __name__ == "__main__":
     transport_peers.main(short=short)
     rebasin.main(short=short)
     point_clouds.main(short=short)
+    total_variation.main(short=short)
