@@ -90,7 +90,7 @@ def sharpen(x: np.ndarray, w: np.ndarray, u: np.ndarray, flat: np.ndarray, isotr
         turned &= ~flat
         if not isotropic:
             # Between two turns the energy is quadratic: the step is exact, and taken once nothing turns on it.
-            step *= ~turned.reshape(len(x), -1).any(1)[:, None, None]
+            step *= np.logical_not(turned.any(axis=(1, 2, 3))).reshape(-1, 1, 1)
         u = u + step
         if turned.any():
             flat |= turned
