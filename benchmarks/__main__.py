@@ -19,6 +19,7 @@ from benchmarks import (
     sorting_families,
     sparse_qp,
     sparse_transport,
+    total_variation,
     transport,
     transport_peers,
 )
@@ -43,3 +44,4 @@ if __name__ == "__main__":
     rebasin.main(short=short)
     point_clouds.main(short=short)
     learned_prox.main(short=short)
+    total_variation.main(short=short)

@@ -2,8 +2,8 @@ r"""Total variation of sequences: the proximal operator, exact.
 
 .. math:: \operatorname{prox}(x) = \arg\min_u \; \tfrac12 \|u - x\|^2 + λ \sum_i w_i |u_{i+1} - u_i|.
 
-With :math:`z_i` the running sum of :math:`u - x`, u is optimal where :math:`|z_i| \le λ w_i`, with :math:`z_i = λ w_i s_i` at a jump of sign
-:math:`s_i`. So on each piece where u is constant,
+With :math:`z_i` the running sum of :math:`u - x`, u is optimal where :math:`|z_i| \le λ w_i`, with :math:`z_i = λ w_i s_i` at a jump of
+sign :math:`s_i`. So on each piece where u is constant,
 
 .. math:: u = \operatorname{mean}(x) + \frac{λ w_r s_r - λ w_l s_l}{\text{length}},
 

@@ -237,9 +237,9 @@ class _Search(BroadcastingProblem):
         running = torch.arange(len(x), device=x.device)
         spent = torch.zeros_like(running)
         found: list[Tensor] = []
-        goal = self.tol if self.isotropic else max(self.tol, _COARSE)
+        start = self.tol if self.isotropic else max(self.tol, _COARSE)
         # A sharpened image may miss a gap that its start has met, where the regions were not the right ones yet.
-        for goal in (goal, goal / 10, goal / 100, self.tol / 1000):
+        for goal in (start, start / 10, start / 100, self.tol / 1000):
             split = split_bregman(x, w, z, self.isotropic, goal, self.max_iter)
             arrays = sharpen(*(part.cpu().numpy() for part in (x, w, split.u, split.flat)), self.isotropic)
             u, labels, free = (torch.from_numpy(part).to(x.device) for part in arrays)
