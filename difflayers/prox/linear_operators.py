@@ -75,6 +75,10 @@ class Operator(nn.Module, abc.ABC):
         """
         return prox_by_products(self, z, y, gamma, batch_ndim=self.batch_ndim)
 
+    def A_vjp(self, x: Tensor, v: Tensor) -> Tensor:
+        """Aᵀ v, under the name that deepinv has for the derivative of any operator at x."""
+        return self.A_adjoint(v)
+
     def forward(self, x: Tensor) -> Tensor:
         """A x."""
         return self.A(x)

@@ -283,7 +283,7 @@ def test_an_expansive_map_is_reported_with_the_images_reached() -> None:
     assert caught.value.solution.status[[0, 2]].tolist() == [Status.SOLVED] * 2
     assert "firmly nonexpansive" in caught.value.__notes__[0]
     with pytest.raises(NotConvergedError) as caught:
-        PlugAndPlay("pgd", lambda x: x, L2(), stepsize=2.5)(y)
+        PlugAndPlay("pgd", lambda x: x, L2(), stepsize=2.5)(y, torch.zeros_like(y))
     assert "below 2 / L" in caught.value.__notes__[0]
     with pytest.warns(ConvergenceWarning):
         best = PlugAndPlay("admm", lambda x: gains * x, L2(), stepsize=0.1, max_iter=200, on_failure="warn")(y)
