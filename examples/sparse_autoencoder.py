@@ -271,16 +271,16 @@ print(f"\ntransformer, its stream not replaced: {right(stream[TRAINING:]):.1f} %
 # %%
 # One column or two
 # -----------------
-# Light and dark change places all over a photograph. Most columns of a small TopK dictionary have an opposite, AbsTopK spends one column on
-# both, and with 32 features it explains as much as TopK with 128. The promise was half: here it is a quarter.
+# Light and dark change places all over a photograph. Half of the columns of a small TopK dictionary have an opposite, AbsTopK spends one
+# column on both, and with 32 features it explains as much as TopK with 128. The promise was half: here it is a quarter.
 #
-# Inside of the transformer there is little to gain. Few columns of TopK have an opposite there, and fewer in the larger dictionaries. Of
-# the same size, AbsTopK is on a par with TopK at 32 features and behind it beyond: a stroke is there or it is not. One reason may be the
-# bias: it can keep a unit silent on one side only. The probe and the digits read right don't tell the two apart. So, before choosing,
-# count the opposites in a small TopK dictionary.
+# Inside of the transformer there is nothing to gain. Few columns of TopK have an opposite there, in the larger dictionaries hardly any.
+# Of the same size, AbsTopK is on a par with TopK at 32 features and behind it beyond: a stroke is there or it is not. One reason may be
+# the bias, which can keep a unit silent on one side only. Neither the probe nor the digits read right tell the two apart. So, before you
+# choose, count the opposites in a small TopK dictionary.
 #
-# ReLU has as many active entries and explains less: what its threshold takes from all entries to silence most, the others miss. The two
-# further steps cost no parameter and help both kinds.
+# ReLU has about as many active entries and explains less: to silence most entries its threshold takes something from all. The two further
+# steps cost no parameter, and help both kinds.
 
 ROWS, SHOWN, EDGE = 7, 5, 10
 autoencoder, pieces = autoencoders["photographs", "AbsTopK", 64], SOURCES["photographs"][1]
