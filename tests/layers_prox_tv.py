@@ -25,7 +25,8 @@ def _sequence() -> Layer:
         pair = ((x[0] + x[1]) - fall) / 2
         return torch.stack([pair, pair, x[2] + fall + rise, x[3] - rise])
 
-    return Layer("prox_tv1d", prox_tv1d, sample, reference=reference)
+    failure = Failure("negative", lambda x, lam, weights: (x, -lam, weights), NotConvergedError, (Status.NUMERICAL_ERROR,))
+    return Layer("prox_tv1d", prox_tv1d, sample, reference=reference, failures=(failure,))
 
 
 def _with_norm(norm: str) -> Function:

@@ -24,13 +24,15 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from ...convex.projections.arguments import check_parameter
+from ...convex.projections.arguments import Number
 from ...errors import ShapeError
 from ...implicit.broadcasting import BroadcastingProblem
 from ...implicit.closure import visible_to_modes
 from ...implicit.eager import eager
 from ...implicit.function import ImplicitFunction, in_a_transform
 from ...solution import OnFailure, Solution, Status, report_failures
+from .arguments import check_entries
+from .difference_weights import difference_weights
 from .flat_regions import Curvature, sharpen
 from .split_bregman import differences, differences_adjoint, duality_gap, split_bregman
 
@@ -59,7 +61,7 @@ class TotalVariationSolution(NamedTuple):
 
 def prox_tv2d(
     x: Tensor,
-    lam: Tensor | float,
+    lam: Number,
     weights: Tensor | None = None,
     *,
     norm: Literal["isotropic", "anisotropic"] = "isotropic",
@@ -104,7 +106,7 @@ def prox_tv2d(
 @eager
 def solve_tv2d(
     x: Tensor,
-    lam: Tensor | float,
+    lam: Number,
     weights: Tensor | None = None,
     *,
     norm: Literal["isotropic", "anisotropic"] = "isotropic",
@@ -150,12 +152,15 @@ def solve_tv2d(
     """
     if norm not in ("isotropic", "anisotropic"):
         raise ValueError(f"norm={norm!r} is not known; choose 'isotropic' or 'anisotropic'")
-    batch, x64, w = _arguments(x, lam, weights)
-    isotropic = norm == "isotropic"
-    grid = x.shape[-2:]
+    check_entries(x)
+    if x.dim() < 2 or 0 in x.shape[-2:]:
+        raise ShapeError(f"x must have the shape (*batch, H, W) with H, W ≥ 1, got {tuple(x.shape)}")
+    isotropic, grid = norm == "isotropic", tuple(x.shape[-2:])
+    batch, w = difference_weights(x, lam, weights, grid)
+    x64, w = x.to(torch.float64).expand(*batch, *grid), w.unsqueeze(-3)
     dual = x64.new_zeros(2, *grid) if warm_start is None else warm_start.dual.to(x64)
     if dual.shape[-3:] != (2, *grid):
-        raise ShapeError(f"warm_start is for images of {tuple(dual.shape[-2:])}, x has {tuple(grid)}")
+        raise ShapeError(f"warm_start is for images of {tuple(dual.shape[-2:])}, x has {grid}")
     differentiated = in_a_transform(x64, w) or (torch.is_grad_enabled() and (x64.requires_grad or w.requires_grad))
     sharp = differentiated or bool(polish)
     search = _Search(len(batch), isotropic, tol, max_iter, on_failure, sharp)
@@ -175,27 +180,6 @@ def solve_tv2d(
         u = torch.where(lost[..., None, None], torch.nan, u)
     # The Function keeps its output for the derivatives; the caller's copy may be modified in place.
     return TotalVariationSolution(u.to(x.dtype, copy=True), dual.to(x.dtype), status, gap.to(x.dtype), iterations)
-
-
-def _arguments(x: Tensor, lam: Tensor | float, weights: Tensor | None) -> tuple[tuple[int, ...], Tensor, Tensor]:
-    """The batch, the images ``(*batch, H, W)`` and their weights ``(*batch, 1, H, W)`` in float64."""
-    if not isinstance(x, Tensor) or not x.is_floating_point():
-        raise ShapeError(f"x must be a floating tensor, got {x.dtype if isinstance(x, Tensor) else type(x).__name__}")
-    if x.dim() < 2 or 0 in x.shape[-2:]:
-        raise ShapeError(f"x must have the shape (*batch, H, W) with H, W ≥ 1, got {tuple(x.shape)}")
-    if not isinstance(lam, Tensor) and not lam >= 0:
-        raise ValueError(f"lam must not be negative, got {lam}")
-    strength = check_parameter(lam, "lam", x, ())[..., None, None]
-    w = strength if weights is None else strength * check_parameter(weights, "weights", x, x.shape[-2:])
-    try:
-        batch = torch.broadcast_shapes(x.shape[:-2], w.shape[:-2])
-    except RuntimeError as error:
-        raise ShapeError(
-            f"batch dimensions do not broadcast: x {tuple(x.shape)}, lam {tuple(strength.shape[:-2])}, "
-            f"weights {None if weights is None else tuple(weights.shape)}; for one λ a pixel use weights"
-        ) from error
-    grid = x.shape[-2:]
-    return batch, x.to(torch.float64).expand(*batch, *grid), w.to(torch.float64).expand(*batch, *grid).unsqueeze(-3)
 
 
 class _Search(BroadcastingProblem):

@@ -183,7 +183,7 @@ def test_refuses() -> None:
         prox_tv2d(x, -0.1)
     with pytest.raises(ShapeError, match="H, W"):
         prox_tv2d(x[0, 0], 0.1)
-    with pytest.raises(ShapeError, match="use weights"):
+    with pytest.raises(ShapeError, match=r"lam must have the shape \(\*batch,\) of x"):
         prox_tv2d(x, torch.ones(4))
     with pytest.raises(ShapeError, match="weights"):
         prox_tv2d(x, 0.1, torch.ones(5, 4))
