@@ -10,6 +10,7 @@ from tests.layers import Layer
 from tests.layers_cones import CONES
 from tests.layers_points import POINTS
 from tests.layers_projections import PROJECTIONS
+from tests.layers_prox_learned import PROX_LEARNED
 from tests.layers_prox_networks import PROX_NETWORKS
 from tests.layers_prox_operators import PROX_OPERATORS
 from tests.layers_prox_plug_and_play import PLUG_AND_PLAY
@@ -37,6 +38,7 @@ LAYERS = (
     *PROX_OPERATORS,
     *TOTAL_VARIATION,
     *PROX_NETWORKS,
+    *PROX_LEARNED,
     *PLUG_AND_PLAY,
 )
 
