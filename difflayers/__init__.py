@@ -39,6 +39,7 @@ from .solution import Solution, Status
 if TYPE_CHECKING:
     from . import convex, implicit, prox, rebasin, solvers, sorting, transport
     from .convex import CvxpyLayer, Projection, QPLayer
+    from .prox import Prox
     from .rebasin import SinkhornRebasin
     from .sorting import SortingNetwork
     from .transport import SinkhornLayer, SparseTransportLayer
@@ -48,6 +49,7 @@ __version__ = "0.1.0"
 __all__ = [
     "CvxpyLayer",
     "Projection",
+    "Prox",
     "QPLayer",
     "SinkhornLayer",
     "SinkhornRebasin",
@@ -70,6 +72,7 @@ __all__ = [
 _FAMILY = {
     "CvxpyLayer": "convex",
     "Projection": "convex",
+    "Prox": "prox",
     "QPLayer": "convex",
     "SinkhornLayer": "transport",
     "SinkhornRebasin": "rebasin",

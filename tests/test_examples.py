@@ -55,6 +55,7 @@ LINES = {
         "all tasks at once" + 3 * " {} ± {}",
         "units that weight matching renames, trained on: ",
     ],
+    "laplace_prior": ["squares {} {} {} {}", "absolute values {} {} {} {}", "proximal matching {} {} {} {}"],
     "jacobian_descent": ["average {} {} {} × {} × {} {} {} %", "UPGrad {} {} {} × {} × {} {} {} %"],
 }
 SEEDED = (

@@ -259,9 +259,9 @@ def prox_by_products(operator: Any, z: Tensor, y: Tensor, gamma: Tensor | float,
 
 
 def adjoint_error(operator: Any, x: Tensor, *, generator: torch.Generator | None = None) -> float:
-    """How far ``A_adjoint`` is from the adjoint of ``A``: the difference of ⟨A x, y⟩ and ⟨x, Aᵀ y⟩ for random x and y, relative to their sizes.
+    """How far ``A_adjoint`` is from the adjoint of ``A``: ⟨A x, y⟩ − ⟨x, Aᵀ y⟩ for random x and y, relative to their sizes.
 
-    Rounding gives about 1e-8 in float32 and 1e-16 in float64. Much more is a mistake in one of the products, and makes every gradient wrong.
+    Rounding gives about 1e-8 in float32 and 1e-16 in float64. Much more is a mistake in one of the products, and makes gradients wrong.
 
     Args:
         operator: any object with ``A`` and ``A_adjoint``.
