@@ -13,6 +13,9 @@ That is a proximal operator: of the absolute value, so f is the soft threshold, 
 The network is a :class:`~difflayers.LearnedProximalNetwork`, the gradient of a convex function. Such a network is the proximal operator of
 *some* function R, whatever the loss was, and R can be computed from it. Trained by proximal matching it should be −log p, which here is
 :math:`|x|`: a network that has seen samples only tells the density that they came from.
+The network is a :class:`~difflayers.prox.LearnedProximalNetwork`, the gradient of a convex function. Such a network is the proximal
+operator of *some* function R, whatever the loss was, and R can be computed from it. Trained by proximal matching it should be −log p,
+which here is :math:`|x|`: a network that has seen samples only tells the density that they came from.
 """
 
 from __future__ import annotations
@@ -40,20 +43,25 @@ torch.set_num_threads(1)  # the networks are small: more threads would only wait
 # Three losses
 # ------------
 # All three networks start alike, see the same samples and are trained as many steps with the same learning rates. Proximal matching
-# begins as absolute errors, and γ falls by stages: a :class:`~difflayers.prox.ProximalMatchingSchedule`.
+# begins as absolute errors, and γ falls by stages: a :class:`~difflayers.prox.ProximalMatchingSchedule`. The smaller γ, the fewer samples
+# are near enough to count, so the last stages take more at once.
 
 if options.published:
-    HIDDEN, LAYERS, BATCH = 50, 4, 2000
+    HIDDEN, LAYERS, BATCH, LAST_BATCH = 50, 4, 2000, 2000
     schedule = ProximalMatchingSchedule.from_stages(
         [(10_000, None, 1e-3), (10_000, None, 1e-4), *((4_000, gamma, 1e-4) for gamma in (0.5, 0.4, 0.3, 0.2, 0.1))]
     )
 else:
-    HIDDEN, LAYERS, BATCH = 20, 2, 4000
+    HIDDEN, LAYERS, BATCH, LAST_BATCH = 20, 2, 4000, 16_000
     schedule = ProximalMatchingSchedule.from_stages(
-        [(300, None, 1e-2), (300, None, 3e-3), (200, 0.5, 2e-3), (200, 0.3, 1e-3), (300, 0.2, 5e-4), (300, 0.1, 1e-4)]
+        [
+            *[(200, None, 1e-2), (200, None, 3e-3)],
+            *[(200, 0.5, 2e-3), (200, 0.3, 1e-3), (200, 0.2, 5e-4)],
+            *[(150, 0.1, 1e-3), (150, 0.1, 3e-4), (100, 0.1, 1e-4)],
+        ]
     )
 if os.environ.get("DIFFLAYERS_SHORT") == "1":
-    schedule = ProximalMatchingSchedule.from_stages([(10, None, 1e-2), (10, 0.5, 1e-3)])
+    schedule = ProximalMatchingSchedule.from_stages([(10, None, 1e-2), (10, 0.1, 1e-3)])
     print("DIFFLAYERS_SHORT=1: 20 training steps, to see that everything runs; the numbers mean nothing")
 
 squares, absolutes = nn.MSELoss(), nn.L1Loss()
@@ -64,11 +72,11 @@ LOSSES: dict[str, Callable[[int], nn.Module]] = {
 }
 
 
-def draw(generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Noisy and clean samples ``(batch, 1)``."""
-    sign = torch.randint(2, (BATCH, 1), generator=generator) * 2 - 1
-    x = sign * torch.empty(BATCH, 1).exponential_(generator=generator)
-    return x + torch.randn(BATCH, 1, generator=generator), x
+def draw(count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Noisy and clean samples ``(count, 1)``."""
+    sign = torch.randint(2, (count, 1), generator=generator) * 2 - 1
+    x = sign * torch.empty(count, 1).exponential_(generator=generator)
+    return x + torch.randn(count, 1, generator=generator), x
 
 
 networks: dict[str, LearnedProximalNetwork] = {}
@@ -80,8 +88,9 @@ with tqdm(total=len(LOSSES) * schedule.steps) as bar:
         optimizer = torch.optim.Adam(network.parameters())
         bar.set_description(f"{name:17}")
         for step in range(schedule.steps):
-            optimizer.param_groups[0]["lr"] = schedule.learning_rate(step)
-            noisy, clean = draw(generator)
+            stage = schedule.stage(step)
+            optimizer.param_groups[0]["lr"] = stage.learning_rate
+            noisy, clean = draw(LAST_BATCH if stage.gamma == 0.1 else BATCH, generator)
             loss = loss_at(step)(network(noisy), clean)
             optimizer.zero_grad()
             loss.backward()

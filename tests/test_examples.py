@@ -66,6 +66,7 @@ LINES = {
         "gate, λ = 0.02 {} ± {}",
         "fine-tuning {} ± {} 118282",
     ],
+    "laplace_prior": ["squares {} {} {} {}", "absolute values {} {} {} {}", "proximal matching {} {} {} {}"],
     "jacobian_descent": ["average {} {} {} × {} × {} {} {} %", "UPGrad {} {} {} × {} × {} {} {} %"],
 }
 SEEDED = (
