@@ -26,6 +26,7 @@ from torch.autograd import forward_ad
 
 from ..errors import ShapeError
 from ..implicit import linear_solve
+from ..implicit.function import in_a_transform
 
 __all__ = [
     "LinearOperator",
@@ -226,7 +227,8 @@ class MatrixOperator(Operator):
         if matrix is not self.matrix or version != self.matrix._version:
             with torch.no_grad():
                 found = list(torch.linalg.eigh(self._gram()))
-            self._kept = (self.matrix, self.matrix._version, *found)
+            if not in_a_transform():  # whose tensors do not outlive it
+                self._kept = (self.matrix, self.matrix._version, *found)
         return found[0], found[1]
 
     def __getstate__(self) -> dict[str, Any]:
