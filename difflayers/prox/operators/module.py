@@ -14,8 +14,8 @@ from .thresholds import hard_threshold, top_k_abs
 
 __all__ = ["Prox"]
 
-# Public names that are no operators, or that make them out of others.
-_NO_OPERATORS = {"Prox", "group_sparse_envelope", "moreau_envelope", "prox_affine", "prox_conjugate", "prox_indicator"}
+# These make operators out of others.
+_RULES = {"prox_affine", "prox_conjugate", "prox_indicator"}
 
 
 class Prox(nn.Module):
@@ -128,7 +128,8 @@ class Prox(nn.Module):
 
 def _find(name: str) -> Callable[..., Tensor]:
     package = import_module(__package__ or "")
-    known = [public for public in package.__all__ if public not in _NO_OPERATORS]
+    operators = (public for public in package.__all__ if public.startswith("prox_") or public.endswith("_threshold"))
+    known = [*(public for public in operators if public not in _RULES), "top_k_abs"]
     for candidate in (name, f"prox_{name}"):
         if candidate in known:
             return getattr(package, candidate)

@@ -17,6 +17,8 @@ Statistics 38 (2010), arXiv:1002.4734.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -196,7 +198,8 @@ def shrunk(x: Tensor, threshold: Number) -> Tensor:
         x: any shape.
         threshold: broadcasts against x.
     """
-    return x - torch.clamp(x, -threshold, threshold)
+    bound: Any = threshold  # torch.clamp is typed for two tensors or two numbers
+    return x - torch.clamp(x, -bound, bound)
 
 
 def _kept(x: Tensor, threshold: Tensor) -> Tensor:
