@@ -25,6 +25,8 @@ _NO_OPERATORS = {
     "prox_indicator",
     "solve_tv2d",
 }
+# These make operators out of others.
+_RULES = {"prox_affine", "prox_conjugate", "prox_indicator"}
 
 
 class Prox(nn.Module):
@@ -137,7 +139,8 @@ class Prox(nn.Module):
 
 def _find(name: str) -> Callable[..., Tensor]:
     package = import_module(__package__ or "")
-    known = [public for public in package.__all__ if public not in _NO_OPERATORS]
+    operators = (public for public in package.__all__ if public.startswith("prox_") or public.endswith("_threshold"))
+    known = [*(public for public in operators if public not in _RULES), "top_k_abs"]
     for candidate in (name, f"prox_{name}"):
         if candidate in known:
             return getattr(package, candidate)

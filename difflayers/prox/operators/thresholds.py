@@ -200,6 +200,8 @@ def shrunk(x: Tensor, threshold: Number) -> Tensor:
     """
     bounds: Any = (-threshold, threshold)
     return x - torch.clamp(x, *bounds)
+    bound: Any = threshold  # torch.clamp is typed for two tensors or two numbers
+    return x - torch.clamp(x, -bound, bound)
 
 
 def _kept(x: Tensor, threshold: Tensor) -> Tensor:
