@@ -25,6 +25,7 @@ from torch import Tensor
 __all__ = ["Split", "differences", "differences_adjoint", "duality_gap", "lengths", "split_bregman"]
 
 _RELAXATION = 1.8
+_TINY = 1e-300
 _EVERY = 10  # iterations between two looks at the gap
 _THRESHOLDS = {True: 0.04, False: 0.1}  # what a length is shrunk by, beside those of x in the mean square: isotropic, or not
 
@@ -90,26 +91,22 @@ def split_bregman(x: Tensor, w: Tensor, z: Tensor, isotropic: bool, tol: float, 
         tol: of the relative gap.
         max_iter: iterations at the most.
     """
-    count = len(x)
-    waves = _Waves(x)
     typical = lengths(differences(x), isotropic).square().flatten(1).mean(1).sqrt()
-    rho = w.flatten(1).mean(1) / (_THRESHOLDS[isotropic] * typical).clamp(min=1e-300)
-    rho = _column(rho.clamp(1e-6, 1e6))
-    z = z * (w / lengths(z, isotropic).clamp(min=1e-300)).clamp(max=1)
-    found = Split(
-        x.clone(), z.clone(), torch.zeros_like(w, dtype=torch.bool), x.new_full((count,), math.inf), torch.zeros(count, dtype=torch.int64)
-    )
-    found = found._replace(iterations=found.iterations.to(x.device))
-    running = torch.arange(count, device=x.device)
+    rho = w.flatten(1).mean(1) / (_THRESHOLDS[isotropic] * typical).clamp(min=_TINY)
+    rho = rho.clamp(1e-6, 1e6).reshape(-1, 1, 1, 1)
+    z = z * (w / lengths(z, isotropic).clamp(min=_TINY)).clamp(max=1)
+    running = torch.arange(len(x), device=x.device)
+    found = Split(x.clone(), z.clone(), torch.zeros_like(w, dtype=torch.bool), torch.full_like(x[:, 0, 0], math.inf), running.clone())
     d = differences(x - differences_adjoint(z))
-    v, y = d - d * (w / rho / lengths(d, isotropic).clamp(min=1e-300)).clamp(max=1), z / rho
+    v, y = d - d * (w / rho / lengths(d, isotropic).clamp(min=_TINY)).clamp(max=1), z / rho
+    waves, bound = _Waves(x, rho), w / rho
     for step in range(1, max_iter + 1):
-        u = waves.divide(x + (rho * differences_adjoint(v - y).unsqueeze(1)).squeeze(1), rho.squeeze(1))
-        d = differences(u)
-        s = _RELAXATION * d + (1 - _RELAXATION) * v + y
-        kept = (w / rho / lengths(s, isotropic).clamp(min=1e-300)).clamp(max=1)
+        u = waves.divide(torch.addcmul(x, rho[:, 0], _transposed(v - y)))
+        _into(d, u)
+        s = torch.add(y, v, alpha=1 - _RELAXATION).add_(d, alpha=_RELAXATION)
+        kept = (bound / lengths(s, isotropic).clamp_(min=_TINY)).clamp_(max=1)
         y = kept * s
-        new = s - y
+        v = s.sub_(y)
         if step % _EVERY == 0 or step == max_iter:
             z = rho * y
             gap = duality_gap(u, z, x, w, isotropic)
@@ -119,33 +116,44 @@ def split_bregman(x: Tensor, w: Tensor, z: Tensor, isotropic: bool, tol: float, 
             if not bool(left.any()):
                 break
             if not bool(left.all()):
-                running, x, w, y, new, rho = (part[left] for part in (running, x, w, y, new, rho))
-        v = new
+                running, x, w, d, v, y, rho = (part[left] for part in (running, x, w, d, v, y, rho))
+                waves, bound = _Waves(x, rho), w / rho
     return found
 
 
-def _column(values: Tensor) -> Tensor:
-    return values.reshape(-1, 1, 1, 1)
+def _into(d: Tensor, u: Tensor) -> None:
+    """:func:`differences` in the place of others, whose zeros at the borders stay."""
+    torch.sub(u[:, :, 1:], u[:, :, :-1], out=d[:, 0, :, :-1])
+    torch.sub(u[:, 1:], u[:, :-1], out=d[:, 1, :-1])
+
+
+def _transposed(z: Tensor) -> Tensor:
+    """:func:`differences_adjoint` in fewer passes, where nothing is differentiated."""
+    u = torch.zeros_like(z[:, 0])
+    u[:, :, 1:] += z[:, 0, :, :-1]
+    u[:, :, :-1] -= z[:, 0, :, :-1]
+    u[:, 1:] += z[:, 1, :-1]
+    u[:, :-1] -= z[:, 1, :-1]
+    return u
 
 
 class _Waves:
-    """The cosine basis, in which DᵀD is diagonal."""
+    """The cosine basis, in which ``I + ρ DᵀD`` is diagonal."""
 
-    def __init__(self, x: Tensor) -> None:
+    def __init__(self, x: Tensor, rho: Tensor) -> None:
         height, width = x.shape[-2:]
         self.bases = None if x.device.type == "cpu" else (_cosines(height, x), _cosines(width, x))
-        self.values = _eigenvalues(height, x)[:, None] + _eigenvalues(width, x)
+        self.inverse = 1 / (1 + rho[:, 0] * (_eigenvalues(height, x)[:, None] + _eigenvalues(width, x)))
 
-    def divide(self, b: Tensor, rho: Tensor) -> Tensor:
+    def divide(self, b: Tensor) -> Tensor:
         """``(I + ρ DᵀD)⁻¹ b``."""
         if self.bases is None:
             from scipy.fft import dctn, idctn
 
-            waves = torch.from_numpy(dctn(b.numpy(), axes=(-2, -1), norm="ortho"))
-            waves /= 1 + rho * self.values
+            waves = torch.from_numpy(dctn(b.numpy(), axes=(-2, -1), norm="ortho")).mul_(self.inverse)
             return torch.from_numpy(idctn(waves.numpy(), axes=(-2, -1), norm="ortho", overwrite_x=True))
         rows, columns = self.bases
-        return rows.mT @ ((rows @ b @ columns.mT) / (1 + rho * self.values)) @ columns
+        return rows.mT @ ((rows @ b @ columns.mT) * self.inverse) @ columns
 
 
 def _eigenvalues(n: int, like: Tensor) -> Tensor:

@@ -119,7 +119,8 @@ def solve_tv2d(
     """Total variation denoising of images, with the dual solution and the duality gap.
 
     Computed in float64. ``u`` is differentiable in x, λ and the weights, to any order, almost everywhere: derivatives are those of the
-    solution whose flat regions are the ones found. A multiplier that is just at its bound counts as inside, so its pixel as flat.
+    solution whose flat regions are the ones found, which the gap does not prove to be the right ones. On photographs some isotropic
+    differences almost vanish, and the derivative in x may be off by percents. A multiplier that is just at its bound counts as inside.
 
     Polishing makes u the exact solution for the regions found, by Newton's method on the CPU. Derivatives need it, so it is the default
     where one is wanted: the same call without a derivative returns an isotropic u that may differ by what the tolerance allows.

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
 from difflayers.errors import ConvergenceWarning, NotConvergedError, ShapeError
-from difflayers.prox.operators import prox_tv1d, prox_tv2d, solve_tv2d
+from difflayers.prox.operators import prox_tv1d, prox_tv2d, solve_tv2d, split_bregman
 from difflayers.prox.operators.split_bregman import differences, differences_adjoint, duality_gap
 from difflayers.solution import Status
 
@@ -131,6 +131,15 @@ def test_transpose() -> None:
     g = torch.Generator().manual_seed(0)
     u, z = torch.randn(3, 4, 5, generator=g), torch.randn(3, 2, 4, 5, generator=g)
     torch.testing.assert_close((differences(u) * z).sum(), (u * differences_adjoint(z)).sum())
+
+
+def test_bases_of_other_devices() -> None:
+    x, rho = square(12, 2, height=5, width=8), torch.tensor([0.3, 2.0], dtype=torch.float64).reshape(2, 1, 1, 1)
+    waves = split_bregman._Waves(x, rho)
+    u = waves.divide(x)
+    torch.testing.assert_close(u + rho[:, 0] * differences_adjoint(differences(u)), x)
+    waves.bases = split_bregman._cosines(5, x), split_bregman._cosines(8, x)
+    torch.testing.assert_close(waves.divide(x), u)
 
 
 def test_warm_start() -> None:
