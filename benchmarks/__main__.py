@@ -7,9 +7,11 @@ import argparse
 from benchmarks import (
     cones,
     core,
+    learned_prox,
     maros_meszaros,
     point_clouds,
     projections,
+    prox_operators,
     qp,
     rebasin,
     soft_sort,
@@ -17,6 +19,7 @@ from benchmarks import (
     sorting_families,
     sparse_qp,
     sparse_transport,
+    total_variation,
     transport,
     transport_peers,
 )
@@ -31,6 +34,7 @@ if __name__ == "__main__":
     cones.main(short=short)
     core.main(short=short)
     projections.main(short=short)
+    prox_operators.main(short=short)
     sorting.main(short=short)
     soft_sort.main(short=short)
     sorting_families.main(short=short)
@@ -39,3 +43,5 @@ if __name__ == "__main__":
     transport_peers.main(short=short)
     rebasin.main(short=short)
     point_clouds.main(short=short)
+    learned_prox.main(short=short)
+    total_variation.main(short=short)

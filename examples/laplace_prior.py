@@ -10,7 +10,7 @@ median. The third loss, proximal matching (Fang, Buchanan and Sulam 2024, arXiv:
 
 That is a proximal operator: of the absolute value, so f is the soft threshold, max(|y| − 1, 0) with the sign of y.
 
-The network is a :class:`~difflayers.prox.LearnedProximalNetwork`, the gradient of a convex function. Such a network is the proximal
+The network is a :class:`~difflayers.LearnedProximalNetwork`, the gradient of a convex function. Such a network is the proximal
 operator of *some* function R, whatever the loss was, and R can be computed from it. Trained by proximal matching it should be −log p,
 which here is :math:`|x|`: a network that has seen samples only tells the density that they came from.
 """

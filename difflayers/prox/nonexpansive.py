@@ -6,7 +6,7 @@ With a convex network ψ and :math:`R(x) = ψ(x) + \frac{μ}{2} \|x\|^2` the net
 
 the proximal operator of a *convex* prior that is known from the outset. So :math:`\|f(x) - f(x')\| \le \|x - x'\| / (1 + μ)`, without a
 bound on any weight: plug-and-play iterations with it converge, to the minimizer of a convex objective. The price is a solve where
-:class:`~difflayers.prox.LearnedProximalNetwork` has one pass, and that priors which are not convex, those of natural images among them, can
+:class:`~difflayers.LearnedProximalNetwork` has one pass, and that priors which are not convex, those of natural images among them, can
 only be approached.
 
 The convex potential of f is :math:`φ(x) = \max_u ⟨u, x⟩ - \frac12 \|u\|^2 - R(u)`, and the inverse needs no solve.

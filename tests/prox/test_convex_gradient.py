@@ -187,7 +187,7 @@ def test_prox_of_a_nonexpansive_network_for_every_gamma() -> None:
 def test_prox_refuses_a_gamma_with_more_than_one_minimum() -> None:
     steep, limited = make(), make(lipschitz=2.0)
     x = points(2, 3)
-    for network, gamma in ((steep, 1.5), (limited, 2.0), (limited, 0.0), (limited, math.nan)):
+    for network, gamma in ((steep, 1.5), (limited, 2.0), (limited, -1.0), (limited, math.nan)):
         with pytest.raises(ValueError, match="gamma must be at least 0, and at most"):
             network.prox(x, gamma=gamma)
     with pytest.raises(NotConvergedError) as caught:

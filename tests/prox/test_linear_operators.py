@@ -149,3 +149,19 @@ def test_shapes_that_do_not_fit() -> None:
         Blur(randn(5))
     with pytest.raises(ValueError, match="boundary"):
         Blur(randn(5, 5), boundary="same")
+
+
+def test_another_matrix_is_not_answered_with_the_factors_of_the_first() -> None:
+    operator = MatrixOperator(torch.eye(2, dtype=torch.float64))
+    z, y = torch.ones(1, 2, dtype=torch.float64), torch.zeros(1, 2, dtype=torch.float64)
+    torch.testing.assert_close(operator.prox_l2(z, y, 1.0), z / 2)
+    operator.load_state_dict({"matrix": 2 * torch.eye(2, dtype=torch.float64)})
+    torch.testing.assert_close(operator.prox_l2(z, y, 1.0), z / 5)
+    operator.matrix *= 0.0
+    torch.testing.assert_close(operator.prox_l2(z, y, 1.0), z)
+    other = torch.eye(2, dtype=torch.float64, requires_grad=True)
+    replaced = torch.func.functional_call(operator, {"matrix": other.detach()}, (z,))
+    torch.testing.assert_close(replaced, z)
+    operator.matrix = other
+    (slope,) = torch.autograd.grad(operator.prox_l2(z, y, 1.0).sum(), other)
+    assert slope.abs().max() > 0

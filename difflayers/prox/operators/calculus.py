@@ -9,9 +9,8 @@ r"""Rules that make operators out of others, and the Moreau envelope.
 An operator is any function ``(x, gamma) -> argmin_u γ f(u) + ½‖u − x‖²``: most of this package are, with λ in the place of γ, and
 ``lambda x, gamma: prox_lp(x, gamma * lam, p)`` is. γ broadcasts against x, and reaches the operator with the shape that it came with.
 
-The first derivative of the envelope needs none of the minimizer p, nor of f in p, which may not have one there. So p is an argument of its
-own in the core's problem: its slot passes no derivative on, but what is passed on, (x − p)/γ, is differentiated in p the next time. f is
-differentiated in what it closes over, too.
+The first derivative of the envelope needs none of the minimizer p, nor of f in p, which may not have one there
+(:func:`~difflayers.implicit.stationary_value`).
 
 References: Moreau, Proximité et dualité dans un espace hilbertien, Bull. SMF 93 (1965); Bauschke and Combettes, Convex Analysis and
 Monotone Operator Theory in Hilbert Spaces, Springer 2017, chapters 12 and 24.
@@ -19,18 +18,13 @@ Monotone Operator Theory in Hilbert Spaces, Springer 2017, chapters 12 and 24.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from ...errors import ShapeError
-from ...implicit.broadcasting import ExplicitProblem
-from ...implicit.closure import hoist, visible_to_modes
-from ...implicit.function import Problem, solve_implicitly
-from ...implicit.methods import LinearMethod
-from ...solution import Solution
+from ...implicit import stationary_value
+from ...implicit.eager import eager
 from .arguments import Number, check_entries, entry_weight
 
 __all__ = ["Indicator", "Operator", "moreau_envelope", "prox_affine", "prox_conjugate", "prox_indicator"]
@@ -113,6 +107,7 @@ def prox_indicator(projection: Callable[..., Tensor], *arguments: Any, **options
     return Indicator(projection, arguments, options)
 
 
+@eager
 def moreau_envelope(fun: Callable[[Tensor], Tensor], prox: Operator, x: Tensor, gamma: Number = 1.0) -> Tensor:
     """The Moreau envelope M(x) = min_u f(u) + ‖u − x‖²/(2γ), a smooth function with the minimizers of f.
 
@@ -143,20 +138,16 @@ def moreau_envelope(fun: Callable[[Tensor], Tensor], prox: Operator, x: Tensor, 
     check_entries(x)
     step = entry_weight(gamma, "gamma", x, positive=True)
     p = prox(x, gamma)
-    explicit, captured, value = hoist(fun, p)
-    if not isinstance(value, Tensor) or value.shape != p.shape[: value.dim()]:
-        came = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-        raise ShapeError(f"fun must map (*batch, ...) to (*batch,), got {came} for {tuple(p.shape)}")
-    core = p.dim() - value.dim()
 
-    def residual(v: Tensor, p: Tensor, x: Tensor, step: Tensor, *captured: Tensor) -> Tensor:
+    def objective(p: Tensor, x: Tensor, step: Tensor) -> Tensor:
+        value = fun(p)
+        if not isinstance(value, Tensor) or value.shape != p.shape[: value.dim()]:
+            return value  # refused by stationary_value
         distance = (p - x).square() / (2 * step)
-        total = distance.sum(tuple(range(-core, 0))) if core else distance
-        return v - (explicit(captured, p) + total).unsqueeze(-1)
+        inner = tuple(range(value.dim(), distance.dim()))
+        return value + (distance.sum(inner) if inner else distance)
 
-    x, step = (part.expand(p.shape) for part in (x, step))
-    start, *theta = visible_to_modes([torch.zeros_like(value).unsqueeze(-1), p, x, step, *captured])
-    return solve_implicitly(_Envelope(residual, value.dim()), start, theta).x.squeeze(-1)
+    return stationary_value(objective, p, x.expand(p.shape), step.expand(p.shape))
 
 
 class Indicator:
@@ -168,35 +159,3 @@ class Indicator:
     def __call__(self, x: Tensor, gamma: Any = 1.0) -> Tensor:
         """The projection; ``gamma`` is not used."""
         return self.projection(x, *self.arguments, **self.options)
-
-
-class _Envelope(Problem):
-    """v − M = 0, where the first of θ is the minimizer: the value does not change with it, to first order."""
-
-    operator = ExplicitProblem.operator
-    solve_linear = ExplicitProblem.solve_linear
-
-    def __init__(self, residual: Callable[..., Tensor], batch_ndim: int) -> None:
-        super().__init__(residual, _evaluated, LinearMethod(), batch_ndim=batch_ndim)
-
-    def pullback(self, x: Tensor, theta: Sequence[Any], which: Sequence[int], u: Tensor) -> Sequence[Tensor]:
-        """Nothing to the minimizer."""
-        others = [i for i in which if i]
-        slopes = list(super().pullback(x, theta, others, u)) if others else []
-        return [torch.zeros_like(theta[0]), *slopes] if 0 in which else slopes
-
-    def pushforward(self, x: Tensor, theta: Sequence[Any], which: Sequence[int], tangents: Sequence[Tensor]) -> Tensor:
-        """Nothing from the minimizer."""
-        others = [(i, tangent) for i, tangent in zip(which, tangents, strict=True) if i]
-        if not others:
-            return torch.zeros_like(x)
-        return super().pushforward(x, theta, [i for i, _ in others], [tangent for _, tangent in others])
-
-    def batched(self, in_dims: tuple[int | None, ...], size: int, randomness: str) -> Problem:
-        """One more leading dimension."""
-        return _Envelope(torch.func.vmap(self.residual, in_dims=(0, *in_dims), randomness=randomness), self.batch_ndim + 1)
-
-
-def _evaluated(residual: Callable[[Tensor], Tensor], x0: Tensor, batch_ndim: int) -> Solution:
-    status = torch.zeros(x0.shape[:-1], dtype=torch.int64, device=x0.device)
-    return Solution(x0 - residual(x0), status, x0.new_zeros(status.shape), status.clone())

@@ -88,12 +88,13 @@ def sharpen(x: np.ndarray, w: np.ndarray, u: np.ndarray, flat: np.ndarray, isotr
         turned &= free
         turned |= ~flat & (_lengths(moved, isotropic) <= _FLAT * scale)
         turned &= ~flat
+        if not isotropic:
+            # Between two turns the energy is quadratic: the step is exact, and taken once nothing turns on it.
+            step *= np.logical_not(turned.any(axis=(1, 2, 3))).reshape(-1, 1, 1)
+        u = u + step
         if turned.any():
             flat |= turned
             labels = regions(np.broadcast_to(flat, (len(x), 2, *x.shape[1:])))
-        # With lengths of single differences a step is exact on one piece only, and taken when it stays there.
-        stays = ~turned.any((1, 2, 3))[:, None, None] | isotropic
-        u = u + step * stays
     u = _averaged(u, labels)
     return u, labels, _lengths(_differences(u), isotropic) > _FLAT * scale
 

@@ -24,13 +24,15 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from ...convex.projections.arguments import check_parameter
+from ...convex.projections.arguments import Number
 from ...errors import ShapeError
 from ...implicit.broadcasting import BroadcastingProblem
 from ...implicit.closure import visible_to_modes
 from ...implicit.eager import eager
 from ...implicit.function import ImplicitFunction, in_a_transform
 from ...solution import OnFailure, Solution, Status, report_failures
+from .arguments import check_entries
+from .difference_weights import difference_weights
 from .flat_regions import Curvature, sharpen
 from .split_bregman import differences, differences_adjoint, duality_gap, split_bregman
 
@@ -59,17 +61,18 @@ class TotalVariationSolution(NamedTuple):
 
 def prox_tv2d(
     x: Tensor,
-    lam: Tensor | float,
+    lam: Number,
     weights: Tensor | None = None,
     *,
     norm: Literal["isotropic", "anisotropic"] = "isotropic",
     tol: float = 1e-6,
     max_iter: int = 5000,
+    polish: bool | None = None,
     on_failure: OnFailure = "raise",
 ) -> Tensor:
     """The nearest image of small total variation: ``argmin_u ½‖u − x‖² + λ Σ_p w_p ‖(Du)_p‖``.
 
-    :func:`solve_tv2d` is the same with the dual, the gap and a warm start.
+    :func:`solve_tv2d` is the same with the dual, the gap and a warm start, and says more on derivatives and polishing.
 
     Args:
         x: ``(*batch, H, W)``.
@@ -78,6 +81,7 @@ def prox_tv2d(
         norm: of the two differences of a pixel: their 2-norm, or the sum of their absolute values.
         tol: of the duality gap relative to the energy; the squared distance to the solution is at most ``2 * tol`` times the energy.
         max_iter: iterations at the most.
+        polish: whether an isotropic solution is sharpened by Newton's method on its regions; None: where a derivative is wanted.
         on_failure: ``"raise"``, ``"nan"`` or ``"warn"`` where the gap is not reached, λ or a weight is negative, or something not finite.
 
     Returns:
@@ -96,18 +100,19 @@ def prox_tv2d(
         tensor([[0.1500, 0.1500, 1.0000],
                 [0.1500, 0.1500, 1.0000]])
     """
-    return solve_tv2d(x, lam, weights, norm=norm, tol=tol, max_iter=max_iter, on_failure=on_failure).u
+    return solve_tv2d(x, lam, weights, norm=norm, tol=tol, max_iter=max_iter, polish=polish, on_failure=on_failure).u
 
 
 @eager
 def solve_tv2d(
     x: Tensor,
-    lam: Tensor | float,
+    lam: Number,
     weights: Tensor | None = None,
     *,
     norm: Literal["isotropic", "anisotropic"] = "isotropic",
     tol: float = 1e-6,
     max_iter: int = 5000,
+    polish: bool | None = None,
     warm_start: TotalVariationSolution | None = None,
     on_failure: OnFailure = "raise",
 ) -> TotalVariationSolution:
@@ -116,9 +121,9 @@ def solve_tv2d(
     Computed in float64. ``u`` is differentiable in x, λ and the weights, to any order, almost everywhere: derivatives are those of the
     solution whose flat regions are the ones found. A multiplier that is just at its bound counts as inside, so its pixel as flat.
 
-    Where a derivative is wanted, the isotropic solution is also sharpened by Newton's method on its regions, on the CPU: u is
-    then the exact solution for these regions, and differs from what the same call returns without a derivative by no more than the
-    tolerance allows. Anisotropic solutions are always sharpened, which costs little.
+    Polishing makes u the exact solution for the regions found, by Newton's method on the CPU. Derivatives need it, so it is the default
+    where one is wanted: the same call without a derivative returns an isotropic u that may differ by what the tolerance allows.
+    Anisotropic solutions are always polished, which costs little.
 
     Args:
         x: ``(*batch, H, W)``.
@@ -127,6 +132,7 @@ def solve_tv2d(
         norm: of the two differences of a pixel: their 2-norm, or the sum of their absolute values.
         tol: of the duality gap relative to the energy; the squared distance to the solution is at most ``2 * tol`` times the energy.
         max_iter: iterations at the most.
+        polish: whether an isotropic solution is sharpened by Newton's method on its regions; None: where a derivative is wanted.
         warm_start: the solution of a similar problem, whose dual is where the iteration starts.
         on_failure: ``"raise"``, ``"nan"`` or ``"warn"`` where the gap is not reached, λ or a weight is negative, or something not finite.
 
@@ -146,14 +152,18 @@ def solve_tv2d(
     """
     if norm not in ("isotropic", "anisotropic"):
         raise ValueError(f"norm={norm!r} is not known; choose 'isotropic' or 'anisotropic'")
-    batch, x64, w = _arguments(x, lam, weights)
-    isotropic = norm == "isotropic"
-    grid = x.shape[-2:]
+    check_entries(x)
+    if x.dim() < 2 or 0 in x.shape[-2:]:
+        raise ShapeError(f"x must have the shape (*batch, H, W) with H, W ≥ 1, got {tuple(x.shape)}")
+    isotropic, grid = norm == "isotropic", tuple(x.shape[-2:])
+    batch, w = difference_weights(x, lam, weights, grid)
+    x64, w = x.to(torch.float64).expand(*batch, *grid), w.unsqueeze(-3)
     dual = x64.new_zeros(2, *grid) if warm_start is None else warm_start.dual.to(x64)
     if dual.shape[-3:] != (2, *grid):
-        raise ShapeError(f"warm_start is for images of {tuple(dual.shape[-2:])}, x has {tuple(grid)}")
+        raise ShapeError(f"warm_start is for images of {tuple(dual.shape[-2:])}, x has {grid}")
     differentiated = in_a_transform(x64, w) or (torch.is_grad_enabled() and (x64.requires_grad or w.requires_grad))
-    search = _Search(len(batch), isotropic, tol, max_iter, on_failure, differentiated)
+    sharp = differentiated or bool(polish)
+    search = _Search(len(batch), isotropic, tol, max_iter, on_failure, sharp)
     operands = visible_to_modes([x64.detach(), w.detach(), dual.detach()])
     u, dual, labels, free, status, gap, iterations = ImplicitFunction.apply(search, x64.new_zeros(0), *operands)[1:]
     if differentiated:
@@ -170,27 +180,6 @@ def solve_tv2d(
         u = torch.where(lost[..., None, None], torch.nan, u)
     # The Function keeps its output for the derivatives; the caller's copy may be modified in place.
     return TotalVariationSolution(u.to(x.dtype, copy=True), dual.to(x.dtype), status, gap.to(x.dtype), iterations)
-
-
-def _arguments(x: Tensor, lam: Tensor | float, weights: Tensor | None) -> tuple[tuple[int, ...], Tensor, Tensor]:
-    """The batch, the images ``(*batch, H, W)`` and their weights ``(*batch, 1, H, W)`` in float64."""
-    if not isinstance(x, Tensor) or not x.is_floating_point():
-        raise ShapeError(f"x must be a floating tensor, got {x.dtype if isinstance(x, Tensor) else type(x).__name__}")
-    if x.dim() < 2 or 0 in x.shape[-2:]:
-        raise ShapeError(f"x must have the shape (*batch, H, W) with H, W ≥ 1, got {tuple(x.shape)}")
-    if not isinstance(lam, Tensor) and not lam >= 0:
-        raise ValueError(f"lam must not be negative, got {lam}")
-    strength = check_parameter(lam, "lam", x, ())[..., None, None]
-    w = strength if weights is None else strength * check_parameter(weights, "weights", x, x.shape[-2:])
-    try:
-        batch = torch.broadcast_shapes(x.shape[:-2], w.shape[:-2])
-    except RuntimeError as error:
-        raise ShapeError(
-            f"batch dimensions do not broadcast: x {tuple(x.shape)}, lam {tuple(strength.shape[:-2])}, "
-            f"weights {None if weights is None else tuple(weights.shape)}; for one λ a pixel use weights"
-        ) from error
-    grid = x.shape[-2:]
-    return batch, x.to(torch.float64).expand(*batch, *grid), w.to(torch.float64).expand(*batch, *grid).unsqueeze(-3)
 
 
 class _Search(BroadcastingProblem):
@@ -224,22 +213,32 @@ class _Search(BroadcastingProblem):
         report_failures(Solution(u, status, gap, iterations), "prox_tv2d", self.on_failure)
         return x0.clone(), u, *rest, status, gap, iterations
 
-    def _solve(self, x: Tensor, w: Tensor, z: Tensor) -> tuple[Tensor, ...]:
-        goal = self.tol if self.isotropic else max(self.tol, _COARSE)
-        iterations = torch.zeros(len(x), dtype=torch.int64, device=x.device)
-        while True:
+    def _solve(self, x: Tensor, w: Tensor, z: Tensor) -> list[Tensor]:
+        if len(x) == 0 or (self.isotropic and not self.sharp):
+            split = split_bregman(x, w, z, True, self.tol, self.max_iter)
+            labels = split.iterations.new_zeros(len(x), x.shape[1] * x.shape[2])
+            return [split.u, split.z, labels, ~split.flat, split.gap, split.iterations]
+        running = torch.arange(len(x), device=x.device)
+        spent = torch.zeros_like(running)
+        found: list[Tensor] = []
+        start = self.tol if self.isotropic else max(self.tol, _COARSE)
+        # A sharpened image may miss a gap that its start has met, where the regions were not the right ones yet.
+        for goal in (start, start / 10, start / 100, self.tol / 1000):
             split = split_bregman(x, w, z, self.isotropic, goal, self.max_iter)
-            iterations = iterations + split.iterations
-            if self.isotropic and not self.sharp:
-                labels = iterations.new_zeros(len(x), x[0].numel())
-                return split.u, split.z, labels, ~split.flat, split.gap, iterations
-            found = sharpen(*(part.cpu().numpy() for part in (x, w, split.u, split.flat)), self.isotropic)
-            u, labels, free = (torch.from_numpy(part).to(x.device) for part in found)
+            arrays = sharpen(*(part.cpu().numpy() for part in (x, w, split.u, split.flat)), self.isotropic)
+            u, labels, free = (torch.from_numpy(part).to(x.device) for part in arrays)
             gap = duality_gap(u, split.z, x, w, self.isotropic)
-            done = (gap <= self.tol) | (split.iterations >= self.max_iter)
-            if goal <= self.tol or bool(done.all()):
-                return u, split.z, labels, free, gap, iterations
-            goal, z = max(goal / 10, self.tol), split.z
+            spent = spent + split.iterations
+            parts = [u, split.z, labels, free, gap, spent]
+            if not found:
+                found = [part.clone() for part in parts]
+            for whole, part in zip(found, parts, strict=True):
+                whole[running] = part
+            left = (gap > self.tol) & (spent < self.max_iter)
+            if not bool(left.any()):
+                break
+            running, x, w, z, spent = running[left], x[left], w[left], split.z[left], spent[left]
+        return found
 
     def deeper(self, size: int) -> _Search:
         return _Search(self.batch_ndim + 1, self.isotropic, self.tol, self.max_iter, self.on_failure, self.sharp)

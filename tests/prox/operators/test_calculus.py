@@ -102,7 +102,7 @@ def test_a_network_inside_the_function_is_differentiated() -> None:
 
 
 def test_refusals() -> None:
-    with pytest.raises(ShapeError, match="fun must map"):
+    with pytest.raises(ShapeError, match="fun must return one value"):
         moreau_envelope(lambda u: u.sum(0), soft_threshold, torch.ones(2, 3))
     for function in (lambda x, g: prox_conjugate(soft_threshold, x, g), lambda x, g: moreau_envelope(torch.abs, soft_threshold, x, g)):
         with pytest.raises(ValueError, match="gamma must be positive"):
