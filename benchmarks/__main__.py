@@ -9,6 +9,7 @@ from benchmarks import (
     core,
     learned_prox,
     maros_meszaros,
+    plug_and_play,
     point_clouds,
     projections,
     prox_operators,
@@ -45,3 +46,4 @@ if __name__ == "__main__":
     point_clouds.main(short=short)
     learned_prox.main(short=short)
     total_variation.main(short=short)
+    plug_and_play.main(short=short)
