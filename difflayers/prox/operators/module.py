@@ -14,17 +14,6 @@ from .thresholds import hard_threshold, top_k_abs
 
 __all__ = ["Prox"]
 
-# Public names that are no operators, or that make them out of others.
-_NO_OPERATORS = {
-    "Prox",
-    "TotalVariationSolution",
-    "group_sparse_envelope",
-    "moreau_envelope",
-    "prox_affine",
-    "prox_conjugate",
-    "prox_indicator",
-    "solve_tv2d",
-}
 # These make operators out of others.
 _RULES = {"prox_affine", "prox_conjugate", "prox_indicator"}
 

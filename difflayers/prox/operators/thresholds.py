@@ -198,8 +198,6 @@ def shrunk(x: Tensor, threshold: Number) -> Tensor:
         x: any shape.
         threshold: broadcasts against x.
     """
-    bounds: Any = (-threshold, threshold)
-    return x - torch.clamp(x, *bounds)
     bound: Any = threshold  # torch.clamp is typed for two tensors or two numbers
     return x - torch.clamp(x, -bound, bound)
 

@@ -32,16 +32,6 @@ EXAMPLES: dict[str, dict[str, object]] = {
     "soft_threshold": {"lam": torch.full((4,), 0.4)},
     "top_k_abs": {"k": 2},
 }
-OTHERS = {
-    "Prox",
-    "TotalVariationSolution",
-    "group_sparse_envelope",
-    "moreau_envelope",
-    "prox_affine",
-    "prox_conjugate",
-    "prox_indicator",
-    "solve_tv2d",
-}
 
 
 def test_every_operator_has_a_name_and_an_example() -> None:
