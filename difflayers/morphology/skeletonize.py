@@ -161,9 +161,11 @@ class Skeletonize(nn.Module):
 def _relaxed_coin(image: Tensor, beta: float, tau: float, generator: Generator | None) -> Tensor:
     # Half precision has no 1e-8.
     p = image.to(torch.promote_types(image.dtype, torch.float32))
-    odds = (p + 1e-8) / (1 - p + 1e-8)
-    uniform = torch.rand(p.shape, dtype=p.dtype, device=p.device, generator=generator).clamp(min=1e-8)
-    return torch.sigmoid((odds.log() + beta * (uniform.log() - torch.log1p(-uniform))) / tau).to(image.dtype)
+    log_odds = torch.log((p + 1e-8) / (1 - p + 1e-8))
+    if beta:
+        uniform = torch.rand(p.shape, dtype=p.dtype, device=p.device, generator=generator).clamp(min=1e-8)
+        log_odds = log_odds + beta * (uniform.log() - torch.log1p(-uniform))
+    return torch.sigmoid(log_odds / tau).to(image.dtype)
 
 
 class _Peeling(BroadcastingProblem):
@@ -178,7 +180,7 @@ class _Peeling(BroadcastingProblem):
         ndim, detection, num_iter, gradient = self.options
         check_probabilities(theta[0])
         image, level = torch.broadcast_tensors(*theta)
-        binary = (level > 0.5).reshape(-1, *level.shape[level.dim() - ndim :])
+        binary = (level > 0.5).flatten(0, level.dim() - ndim - 1)
         found = peel(binary, num_iter, detection, count_ties=gradient == "reference")
         kept = found.skeleton.bool()
         if found.ties is None:
