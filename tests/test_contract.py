@@ -8,6 +8,7 @@ from tests import layers
 from tests.contract import CHECKS, applies
 from tests.layers import Layer
 from tests.layers_cones import CONES
+from tests.layers_morphology import MORPHOLOGY
 from tests.layers_points import POINTS
 from tests.layers_projections import PROJECTIONS
 from tests.layers_ranking import RANKING
@@ -30,6 +31,7 @@ LAYERS = (
     *UNBALANCED,
     *POINTS,
     *REBASIN,
+    *MORPHOLOGY,
 )
 
 # The slow suite adds what takes long, and, for layers that are slow themselves, the nests that the others are tried on.

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor
 
 from ..errors import ShapeError
+from ..implicit.broadcasting import BroadcastingProblem
+from ..implicit.closure import visible_to_modes
+from ..implicit.eager import eager
+from ..implicit.function import ImplicitFunction
 
-__all__ = ["check_choice", "check_count", "check_images", "check_probabilities"]
+__all__ = ["check_choice", "check_count", "check_images", "check_probabilities", "probabilities"]
 
 
 def check_images(images: Tensor, name: str = "image", *, floating: bool = True) -> int:
@@ -32,12 +37,13 @@ def check_images(images: Tensor, name: str = "image", *, floating: bool = True) 
     return images.dim() - 2
 
 
-def check_probabilities(images: Tensor, name: str = "image") -> None:
+def check_probabilities(images: Tensor, name: str = "image", advice: str = "of logits, take torch.sigmoid first") -> None:
     """Refuse values outside [0, 1], and NaN.
 
     Args:
         images: plain, of any shape.
         name: what the message calls them.
+        advice: what the message says last.
 
     Raises:
         ValueError: with the range that came.
@@ -46,7 +52,37 @@ def check_probabilities(images: Tensor, name: str = "image") -> None:
         return
     low, high = (float(end) for end in images.detach().aminmax())
     if not (low >= 0 and high <= 1):
-        raise ValueError(f"{name} must have values in [0, 1], got {low:.4g} to {high:.4g}; of logits, take torch.sigmoid first")
+        raise ValueError(f"{name} must have values in [0, 1], got {low:.4g} to {high:.4g}; {advice}")
+
+
+@eager
+def probabilities(images: Tensor, name: str, advice: str) -> Tensor:
+    """The images themselves, after :func:`check_probabilities`, in any transform.
+
+    Args:
+        images: ``(B, C, ...)``.
+        name: what the message calls them.
+        advice: what the message says last.
+    """
+    # On plain tensors, below all transforms: whether to raise depends on the data.
+    ImplicitFunction.apply(_Range(images.dim(), name, advice), images.new_zeros(0), *visible_to_modes([images.detach()]))
+    return images
+
+
+class _Range(BroadcastingProblem):
+    """Nothing but a check."""
+
+    def __init__(self, core_ndim: int, name: str, advice: str, batch_ndim: int = 0) -> None:
+        super().__init__(batch_ndim)
+        self.core_ndims = (core_ndim,)
+        self.said = (name, advice)
+
+    def find(self, x0: Tensor, theta: Sequence[Any]) -> Any:
+        check_probabilities(theta[0], *self.said)
+        return (x0.clone(),)
+
+    def deeper(self, size: int) -> _Range:
+        return _Range(self.core_ndims[0], *self.said, self.batch_ndim + 1)
 
 
 def check_count(value: int, name: str, least: int = 0) -> None:

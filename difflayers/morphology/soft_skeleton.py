@@ -21,7 +21,7 @@ from torch.nn import functional
 
 from .arguments import check_count, check_images
 
-__all__ = ["soft_skeletonize"]
+__all__ = ["erode", "soft_skeletonize"]
 
 
 def soft_skeletonize(image: Tensor, *, num_iter: int = 3) -> Tensor:
@@ -57,16 +57,17 @@ def soft_skeletonize(image: Tensor, *, num_iter: int = 3) -> Tensor:
     """
     check_images(image)
     check_count(num_iter, "num_iter")
-    eroded = _erode(image)
+    eroded = erode(image)
     skeleton = torch.relu(image - _dilate(eroded))
     for _ in range(num_iter):
-        image, eroded = eroded, _erode(eroded)
+        image, eroded = eroded, erode(eroded)
         lost = torch.relu(image - _dilate(eroded))
         skeleton = skeleton + torch.relu(lost - skeleton * lost)
     return skeleton
 
 
-def _erode(image: Tensor) -> Tensor:
+def erode(image: Tensor) -> Tensor:
+    """The minimum over each voxel and the neighbours that share a face with it."""
     ndim = image.dim() - 2
     lines = [tuple(3 if i == axis else 1 for i in range(ndim)) for axis in range(ndim)]
     return functools.reduce(torch.minimum, (-_pool(-image, line) for line in lines))
