@@ -8,6 +8,7 @@ from benchmarks import (
     cones,
     core,
     maros_meszaros,
+    morphology,
     point_clouds,
     projections,
     qp,
@@ -39,3 +40,4 @@ if __name__ == "__main__":
     transport_peers.main(short=short)
     rebasin.main(short=short)
     point_clouds.main(short=short)
+    morphology.main(short=short)

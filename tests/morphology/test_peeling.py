@@ -141,3 +141,22 @@ def test_the_euler_variant_loses_topology() -> None:
     lost = peel(image[0].bool(), None, "EulerCharacteristic", count_ties=False).skeleton[None]
     assert torch.equal(betti_numbers(kept), betti_numbers(image))
     assert not torch.equal(betti_numbers(lost), betti_numbers(image))
+
+
+@pytest.mark.slow
+def test_topology_of_photographs() -> None:
+    data = pytest.importorskip("skimage.data")
+    for photograph in (data.page(), data.text(), data.coins(), data.retina()[::2, ::2, 1], data.binary_blobs(256) * 1.0, 1.0 - data.horse()):
+        grey = torch.from_numpy(photograph.astype("float32"))
+        for quantile in (0.2, 0.5, 0.8):
+            image = (grey > torch.quantile(grey, quantile)).float()[None, None]
+            check_at_convergence(image)
+            check_at_convergence(1 - image)
+
+
+@pytest.mark.slow
+def test_topology_of_large_volumes() -> None:
+    for seed, density in enumerate((0.2, 0.3, 0.4, 0.5, 0.7)):
+        check_at_convergence(noise((1, 1, 40, 40, 40), density, seed))
+        check_at_convergence(blobs((1, 1, 70, 40, 40), density, seed, smooth=5))
+    check_at_convergence(tube(64, 9.0))
