@@ -11,6 +11,9 @@ from tests.layers_cones import CONES
 from tests.layers_morphology import MORPHOLOGY
 from tests.layers_points import POINTS
 from tests.layers_projections import PROJECTIONS
+from tests.layers_prox_networks import PROX_NETWORKS
+from tests.layers_prox_operators import PROX_OPERATORS
+from tests.layers_prox_tv import TOTAL_VARIATION
 from tests.layers_ranking import RANKING
 from tests.layers_rebasin import REBASIN
 from tests.layers_soft_sort import SOFT_SORT
@@ -32,6 +35,9 @@ LAYERS = (
     *POINTS,
     *REBASIN,
     *MORPHOLOGY,
+    *PROX_OPERATORS,
+    *TOTAL_VARIATION,
+    *PROX_NETWORKS,
 )
 
 # The slow suite adds what takes long, and, for layers that are slow themselves, the nests that the others are tried on.

@@ -7,6 +7,7 @@
 | a solver of your own | :func:`custom_root`, :func:`custom_fixed_point` |
 | an optimization problem | one of these with a residual from :mod:`~difflayers.implicit.conditions` |
 | a linear system | :func:`linear_solve` |
+| the optimal value of an objective | :func:`stationary_value` |
 | a solution, and one product | :func:`root_vjp`, :func:`root_jvp` |
 """
 
@@ -16,6 +17,7 @@ from . import conditions
 from .fixed_point import ImplicitFixedPoint, custom_fixed_point, implicit_fixed_point
 from .linear_solve import linear_solve
 from .root import ImplicitRoot, custom_root, implicit_root, root_jvp, root_vjp
+from .stationary import stationary_value
 
 __all__ = [
     "ImplicitFixedPoint",
@@ -28,4 +30,5 @@ __all__ = [
     "linear_solve",
     "root_jvp",
     "root_vjp",
+    "stationary_value",
 ]

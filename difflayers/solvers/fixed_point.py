@@ -54,7 +54,7 @@ def picard(map_fn: Callable[[Any], Any], x0: Any, *, batch_ndim: int = 0, tol: f
         >>> picard(torch.cos, torch.tensor(1.0)).x
         tensor(0.7391)
     """
-    return _iterate(map_fn, x0, batch_ndim, tol, max_iter, lambda x: None)
+    return iterate(map_fn, x0, batch_ndim, tol, max_iter, lambda x: None)
 
 
 @torch.no_grad()
@@ -91,7 +91,7 @@ def anderson(
     """
     if memory < 1:
         raise ValueError(f"memory must be at least 1, got {memory}")
-    return _iterate(map_fn, x0, batch_ndim, tol, max_iter, lambda x: _Anderson(x, memory, damping, regularization))
+    return iterate(map_fn, x0, batch_ndim, tol, max_iter, lambda x: _Anderson(x, memory, damping, regularization))
 
 
 @torch.no_grad()
@@ -123,10 +123,10 @@ def broyden(
     """
     if memory < 1:
         raise ValueError(f"memory must be at least 1, got {memory}")
-    return _iterate(map_fn, x0, batch_ndim, tol, max_iter, lambda x: _Broyden(x, memory))
+    return iterate(map_fn, x0, batch_ndim, tol, max_iter, lambda x: _Broyden(x, memory))
 
 
-class _Accelerator(Protocol):
+class Accelerator(Protocol):
     estimates_error: bool
 
     def plain(self, x: Tensor, image: Tensor) -> Tensor:
@@ -142,13 +142,13 @@ class _Accelerator(Protocol):
         ...
 
 
-def _iterate(
+def iterate(
     map_fn: Callable[[Any], Any],
     x0: Any,
     batch_ndim: int,
     tol: float | None,
     max_iter: int,
-    make_accelerator: Callable[[Tensor], _Accelerator | None],
+    make_accelerator: Callable[[Tensor], Accelerator | None],
 ) -> Solution:
     check_options(tol, max_iter)
     raveler = Raveler(x0, batch_ndim)

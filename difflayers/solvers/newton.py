@@ -1,7 +1,8 @@
 """Newton's method for F(x) = 0, a batch at a time.
 
 Each row takes the step J d = −F and shortens it until ‖F‖ falls. Up to ``dense_limit`` unknowns J is formed and factorized; above,
-GMRES solves for d with Jacobian-vector products. A row has converged when every equation is met to ``tol`` relative to the size
+GMRES solves for d with Jacobian-vector products, or, if F is the gradient of a convex function and J therefore symmetric, the method of
+conjugate gradients does. A row has converged when every equation is met to ``tol`` relative to the size
 of its terms, |F_i| ≤ tol · Σ_j |J_ij| |x_j|, so neither the units of the equations nor those of the unknowns matter.
 
 References: Dennis and Schnabel, Numerical Methods for Unconstrained Optimization and Nonlinear Equations, 1983; Oettli and Prager,
@@ -20,7 +21,8 @@ from ..pytree import Raveler
 from ..solution import Solution, Status
 from .dense import lu_factor
 from .gmres import gmres
-from .linearize import block_jacobian, jvp
+from .krylov import cg
+from .linearize import block_jacobian, jvp, vjp
 from .loop import Rows, check_options, default_tol, norm, relative
 
 __all__ = ["newton"]
@@ -37,8 +39,9 @@ def newton(
     tol: float | None = None,
     max_iter: int = 50,
     dense_limit: int = 256,
+    symmetric: bool = False,
 ) -> Solution:
-    """Damped Newton's method, or Newton–GMRES.
+    """Damped Newton's method, Newton–GMRES, or Newton–CG.
 
     Args:
         residual_fn: F, maps x to a pytree of the same structure.
@@ -48,6 +51,7 @@ def newton(
             solved from 100 eps.
         max_iter: Newton steps.
         dense_limit: the largest number of unknowns for which the Jacobian is formed.
+        symmetric: the Jacobian is symmetric positive definite; above ``dense_limit`` conjugate gradients take the place of GMRES.
 
     Returns:
         :class:`~difflayers.Solution`. SINGULAR: the Jacobian has no inverse at some iterate. NUMERICAL_ERROR: F is not finite
@@ -62,7 +66,7 @@ def newton(
     function = raveler.on_rows(residual_fn)
     x = raveler.ravel(x0)
     tol = default_tol(x.dtype) if tol is None else tol
-    linearization = _Dense if x.shape[-1] <= dense_limit else _MatrixFree
+    linearization = _Dense if x.shape[-1] <= dense_limit else _Symmetric if symmetric else _MatrixFree
     rows, value = Rows(x), function(x)
     rows.stop(~torch.isfinite(value).all(-1), Status.NUMERICAL_ERROR)
     # The largest that each unknown has been: one that is zero at the solution still has a scale.
@@ -108,17 +112,35 @@ class _MatrixFree:
     def __init__(self, function: Callable[[Tensor], Tensor], x: Tensor, value: Tensor) -> None:
         # A lower bound of ‖J‖ from all the products that GMRES makes: the stopping rule is at least as strict as with ‖J‖.
         self.slope = torch.zeros_like(x[..., 0])
+        product = self.linearize(function, x)
 
-        def product(v: Tensor) -> Tensor:
-            image = jvp(function, (x,), (v,))[1]
+        def noted(v: Tensor) -> Tensor:
+            image = product(v)
             self.slope = torch.fmax(self.slope, norm(image) / norm(v))
             return image
 
-        self.step = gmres(product, -value, tol=1e-4)
+        self.step = self.solve(noted, -value, tol=1e-4)
+
+    solve: Callable[..., Solution] = staticmethod(gmres)
+
+    @staticmethod
+    def linearize(function: Callable[[Tensor], Tensor], x: Tensor) -> Callable[[Tensor], Tensor]:
+        return lambda v: jvp(function, (x,), (v,))[1]
 
     def residual(self, x: Tensor, value: Tensor, extent: Tensor, floor: float = 0.0) -> Tensor:
         """‖F‖ relative to ‖J‖ ‖x‖, likewise."""
         return relative(norm(value), self.slope * norm(_size_of(x, extent, floor)))
+
+
+class _Symmetric(_MatrixFree):
+    """The Newton step by conjugate gradients; a product with Jᵀ = J needs no second pass through F."""
+
+    solve: Callable[..., Solution] = staticmethod(cg)
+
+    @staticmethod
+    def linearize(function: Callable[[Tensor], Tensor], x: Tensor) -> Callable[[Tensor], Tensor]:
+        _, pullback = vjp(function, x)
+        return lambda v: pullback(v)[0]
 
 
 def _size_of(x: Tensor, extent: Tensor, floor: float) -> Tensor:

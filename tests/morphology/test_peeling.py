@@ -146,7 +146,14 @@ def test_the_euler_variant_loses_topology() -> None:
 @pytest.mark.slow
 def test_topology_of_photographs() -> None:
     data = pytest.importorskip("skimage.data")
-    for photograph in (data.page(), data.text(), data.coins(), data.retina()[::2, ::2, 1], data.binary_blobs(256) * 1.0, 1.0 - data.horse()):
+    for photograph in (
+        data.page(),
+        data.text(),
+        data.coins(),
+        data.retina()[::2, ::2, 1],
+        data.binary_blobs(256) * 1.0,
+        1.0 - data.horse(),
+    ):
         grey = torch.from_numpy(photograph.astype("float32"))
         for quantile in (0.2, 0.5, 0.8):
             image = (grey > torch.quantile(grey, quantile)).float()[None, None]

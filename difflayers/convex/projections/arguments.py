@@ -14,7 +14,7 @@ from ...implicit.closure import visible_to_modes
 from ...implicit.function import ImplicitFunction
 from ...solution import OnFailure, Solution, Status, report_failures
 
-__all__ = ["Number", "check_parameter", "check_rows", "failures_reported", "negative_radius_reported", "radius"]
+__all__ = ["Number", "check_parameter", "check_rows", "failures_reported", "negative_radius_reported", "radius", "status_reported"]
 
 Number = Tensor | float
 
@@ -104,13 +104,27 @@ def failures_reported(
     status = torch.where(infeasible, int(Status.PRIMAL_INFEASIBLE), int(Status.SOLVED))
     if missed is not None:
         status = torch.where(missed & ~infeasible, int(Status.MAX_ITER), status)
+    return status_reported(point, status, violation, what, on_failure, core_ndim=core_ndim)
+
+
+def status_reported(point: Tensor, status: Tensor, violation: Tensor, what: str, on_failure: OnFailure, *, core_ndim: int = 1) -> Tensor:
+    """The point, after a report of the elements without a solution; with ``"nan"`` those are NaN and pass no cotangent on.
+
+    Args:
+        point: ``(*batch, ...)``.
+        status: ``(*batch,)``.
+        violation: ``(*batch,)``, how far from a problem with a solution.
+        what: the function's name.
+        on_failure: the caller's choice.
+        core_ndim: the dimensions of one point.
+    """
     status = status.expand(point.shape[: point.dim() - core_ndim])
     if on_failure != "nan":
         # On plain tensors, below all transforms: whether to raise depends on the data.
         operands = visible_to_modes([point.detach(), status, violation.detach().expand(status.shape)])
         ImplicitFunction.apply(_Report(what, on_failure, status.dim(), core_ndim), point.new_zeros(0), *operands)
         return point
-    failed = (status != Status.SOLVED).reshape(*status.shape, *[1] * core_ndim)
+    failed = (status != Status.SOLVED).reshape((*status.shape, *[1] * core_ndim))
     return torch.where(failed, torch.nan, point)
 
 
@@ -140,7 +154,7 @@ class _Report(BroadcastingProblem):
     def find(self, x0: Tensor, theta: Sequence[Any]) -> Any:
         point, status, violation = theta
         batch = torch.broadcast_shapes(point.shape[: point.dim() - self.core_ndims[0]], status.shape)
-        point = point.expand(*batch, *point.shape[point.dim() - self.core_ndims[0] :])
+        point = point.expand((*batch, *point.shape[point.dim() - self.core_ndims[0] :]))
         status, violation = status.expand(batch), violation.expand(batch)
         report_failures(Solution(point, status, violation, torch.zeros_like(status)), self.what, self.on_failure)
         return (x0.clone(),)
