@@ -142,9 +142,9 @@ figure.savefig(here / "figures" / "skeletons.png", dpi=110)
 # %%
 # Where the vessels are uncertain
 # -------------------------------
-# A grey image is made binary at random, and then peeled. The mean of many such skeletons says how sure each branch is. The gradient of their
-# length, with the weights of a mask, says where a loss can act: on the skeletons and on the background, but not on the flesh of a vessel,
-# which is deleted and so gets none.
+# A grey image is made binary at random, and then peeled. The mean of many such skeletons says how sure each branch is. The gradient of
+# their length, with the weights of a mask, says where a loss can act: on the skeletons and on the background, but not on the flesh of a
+# vessel, which is deleted and so gets none.
 
 generator = torch.Generator().manual_seed(0)
 leaf = probabilities[None, None].expand(options.samples, -1, -1, -1).clone().requires_grad_()
@@ -154,7 +154,7 @@ assert leaf.grad is not None
 mean, slope = drawn.detach().mean(0)[0], leaf.grad.mean(0)[0]
 radius = skeleton_radius(skeletons["vessels"]["skeletonize"][None, None].float(), SHAPES["vessels"][None, None].float())[0, 0]
 print(f"\nlength of the vessels' skeleton: {drawn.detach().sum((1, 2, 3)).mean():.1f} ± {drawn.detach().sum((1, 2, 3)).std():.1f} pixels")
-print(f"radius along it: median {radius[radius > 0].median():.2f}, largest {radius.max():.2f} pixels")
+print(f"radius along it: median {radius[radius > 0].median():.2f}, at most {radius.max():.2f} pixels")
 
 figure, axes = plt.subplots(2, 2, figsize=(11, 11), layout="constrained")
 pictures = {

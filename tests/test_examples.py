@@ -60,7 +60,7 @@ LINES = {
         "pierced ball 1 1 0 1 1 0",
         "hollow ball 1 0 1 1 0 1",
         "length of the vessels' skeleton: {} ± {} pixels",
-        "radius along it: median {}, largest {} pixels",
+        "radius along it: median {}",
     ],
     "jacobian_descent": ["average {} {} {} × {} × {} {} {} %", "UPGrad {} {} {} × {} × {} {} {} %"],
 }
