@@ -16,6 +16,7 @@ optimization, ICCV 2023, arXiv:2309.02527.
 from __future__ import annotations
 
 import functools
+import itertools
 from typing import NamedTuple
 
 import torch
@@ -34,7 +35,7 @@ class Peeled(NamedTuple):
 
     Attributes:
         skeleton: uint8 ``(batch, *spatial)``.
-        ties: uint8 or int64 ``(batch, *spatial)``: how often a voxel tied; None if nobody asked.
+        ties: int64 ``(batch, *spatial)``: how often a voxel tied; None if nobody asked.
         rounds: ``(batch,)``, the rounds that deleted something.
     """
 
@@ -57,9 +58,8 @@ def peel(images: Tensor, num_iter: int | None, detection: Detection, *, count_ti
     subfields = [_Subfield(words, index, ties[index], lost) for index in range(len(words.fields))]
     digits: list[Tensor] = []
     rounds = torch.zeros(words.batch, dtype=torch.int64, device=images.device)
-    done = 0
-    while num_iter is None or done < num_iter:
-        done += 1
+    left = 0
+    for done in itertools.count(1) if num_iter is None else range(1, num_iter + 1):
         lost.zero_()
         for subfield in subfields:
             subfield.mark(background=count_ties)
@@ -67,18 +67,22 @@ def peel(images: Tensor, num_iter: int | None, detection: Detection, *, count_ti
             subfield.delete(detection)
         changed = (lost.flatten(1) != 0).any(1)
         rounds += changed
-        still = not bool(changed.any())
-        if count_ties and not (still and num_iter is None):
+        if not bool(changed.any()):
+            # The rounds that are left, from this one on, would all be the same.
+            left = 0 if num_iter is None else num_iter - done + 1
+            break
+        if count_ties:
             if num_iter is None:
                 ties *= changed.view(-1, *[1] * words.ndim)
-            # Once nothing changes, the rounds that are left would repeat this one.
-            for turn in range(done, (num_iter if still and num_iter is not None else done) + 1):
-                if turn.bit_length() > len(digits):
-                    digits.append(torch.zeros_like(words.fields))
-                add_bit(digits, ties)
-        if still:
-            break
-    return Peeled(words.images(), _number(words, digits) if count_ties else None, rounds)
+            if done.bit_length() > len(digits):
+                digits.append(torch.zeros_like(words.fields))
+            add_bit(digits, ties)
+    number = None
+    if count_ties:
+        number = left * words.images(ties).to(torch.int64)
+        for place, digit in enumerate(digits):
+            number += words.images(digit).to(torch.int64) << place
+    return Peeled(words.images(), number, rounds)
 
 
 class _Subfield:
@@ -119,10 +123,3 @@ class _Subfield:
             window.copy_(values)
         else:
             window[self.active] = values
-
-
-def _number(words: Words, digits: list[Tensor]) -> Tensor:
-    number = torch.zeros(words.batch, *words.spatial, dtype=torch.int64, device=words.device)
-    for place, plane in enumerate(digits):
-        number += words.images(plane).to(torch.int64) << place
-    return number

@@ -186,8 +186,10 @@ class _Peeling(BroadcastingProblem):
         if found.ties is None:
             weight = torch.ones_like(kept, dtype=image.dtype)
         else:
-            most = int(found.ties.max()) if found.ties.numel() else 0
-            weight = torch.tensor([0.5**k for k in range(most + 1)], dtype=image.dtype, device=image.device)[found.ties]
+            # A table, since not every device's power of two is exact; no dtype goes below 2⁻¹⁰⁷⁴.
+            ties = found.ties.clamp(max=1075)
+            most = int(ties.max()) if ties.numel() else 0
+            weight = torch.tensor([0.5**k for k in range(most + 1)], dtype=image.dtype, device=image.device)[ties]
         weight = weight.masked_fill(binary & ~kept, 0)
         return x0.clone(), kept.to(image.dtype).reshape(image.shape), weight.reshape(image.shape)
 

@@ -64,6 +64,9 @@ def test_ties_go_on_after_nothing_changes() -> None:
     long = peel(image, rounds + 7, "Boolean", count_ties=True)
     assert torch.equal(long.skeleton, short.skeleton)
     assert (long.ties[long.skeleton.bool()] == rounds + 7).all()
+    endless = peel(image, 10**9, "Boolean", count_ties=True)
+    assert torch.equal(endless.skeleton, short.skeleton)
+    assert (endless.ties[endless.skeleton.bool()] == 10**9).all()
 
 
 def test_an_image_does_not_notice_its_neighbours() -> None:
