@@ -7,10 +7,12 @@ import argparse
 from benchmarks import (
     cones,
     core,
+    learned_prox,
     maros_meszaros,
     morphology,
     point_clouds,
     projections,
+    prox_operators,
     qp,
     rebasin,
     soft_sort,
@@ -18,6 +20,7 @@ from benchmarks import (
     sorting_families,
     sparse_qp,
     sparse_transport,
+    total_variation,
     transport,
     transport_peers,
 )
@@ -32,6 +35,7 @@ if __name__ == "__main__":
     cones.main(short=short)
     core.main(short=short)
     projections.main(short=short)
+    prox_operators.main(short=short)
     sorting.main(short=short)
     soft_sort.main(short=short)
     sorting_families.main(short=short)
@@ -41,3 +45,5 @@ if __name__ == "__main__":
     rebasin.main(short=short)
     point_clouds.main(short=short)
     morphology.main(short=short)
+    learned_prox.main(short=short)
+    total_variation.main(short=short)

@@ -21,6 +21,8 @@ tensor([[ 0.5000, -0.5000,  0.0000]])
 ``difflayers.transport``  optimal transport plans at any temperature: :class:`SinkhornLayer`, ``sinkhorn``; sparse ones:
                           :class:`SparseTransportLayer`, ``sparse_transport``
 ``difflayers.rebasin``    trained networks brought together modulo permutations of hidden units: :class:`SinkhornRebasin`
+``difflayers.prox``       proximal ``operators``: :class:`Prox`; networks that are proximal operators: :class:`LearnedProximalNetwork`;
+                          plug-and-play reconstruction: :class:`PlugAndPlay`
 ``difflayers.morphology`` skeletons that gradients can pass through: :class:`Skeletonize`; soft clDice, Betti numbers
 ``difflayers.implicit``   the core: ``implicit_root``, ``implicit_fixed_point``, ``custom_root``,
                           ``linear_solve``, ``conditions``
@@ -41,6 +43,16 @@ if TYPE_CHECKING:
     from . import convex, implicit, morphology, prox, rebasin, solvers, sorting, transport
     from .convex import CvxpyLayer, Projection, QPLayer
     from .morphology import Skeletonize
+    from .prox import (
+        ConvexGradientNetwork,
+        ConvolutionalInputConvexNN,
+        InputConvexNN,
+        LearnedProximalNetwork,
+        NonexpansiveProximalNetwork,
+        PlugAndPlay,
+        Prox,
+        ProximalMatchingLoss,
+    )
     from .rebasin import SinkhornRebasin
     from .sorting import SortingNetwork
     from .transport import SinkhornLayer, SparseTransportLayer
@@ -48,8 +60,16 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "ConvexGradientNetwork",
+    "ConvolutionalInputConvexNN",
     "CvxpyLayer",
+    "InputConvexNN",
+    "LearnedProximalNetwork",
+    "NonexpansiveProximalNetwork",
+    "PlugAndPlay",
     "Projection",
+    "Prox",
+    "ProximalMatchingLoss",
     "QPLayer",
     "SinkhornLayer",
     "SinkhornRebasin",
@@ -72,8 +92,16 @@ __all__ = [
 
 # Where the layers are: a family is imported when it is first used.
 _FAMILY = {
+    "ConvexGradientNetwork": "prox",
+    "ConvolutionalInputConvexNN": "prox",
     "CvxpyLayer": "convex",
+    "InputConvexNN": "prox",
+    "LearnedProximalNetwork": "prox",
+    "NonexpansiveProximalNetwork": "prox",
+    "PlugAndPlay": "prox",
     "Projection": "convex",
+    "Prox": "prox",
+    "ProximalMatchingLoss": "prox",
     "QPLayer": "convex",
     "SinkhornLayer": "transport",
     "SinkhornRebasin": "rebasin",

@@ -14,17 +14,18 @@ from difflayers.solution import Status
 from tests.layers import Failure, Inputs, Layer, randn
 from tests.reference import newton_root
 
-__all__ = ["PROX_NETWORKS"]
+__all__ = ["PROX_NETWORKS", "MethodOf"]
 
 
-class _Call(nn.Module):
+class MethodOf(nn.Module):
     """A method of a network as a module."""
 
     def __init__(self, network: nn.Module, method: str) -> None:
         super().__init__()
         self.network, self.method = network, method
 
-    def forward(self, x: Tensor, **options: Any) -> Tensor:
+    def forward(self, x: Tensor, *, on_failure: str = "raise", **options: Any) -> Tensor:
+        self.network.on_failure = on_failure
         return getattr(self.network, self.method)(x, **options)
 
 
@@ -80,11 +81,10 @@ _NAN = Failure("NaN", _not_finite, NotConvergedError, (Status.NUMERICAL_ERROR,))
 
 def _convex_gradient() -> tuple[Layer, ...]:
     def calls(method: str, **options: Any):
-        module = _Call(_network(**options), method)
-        name = "network.parametrizations.weight.original" if "lipschitz" in options else "network.weight"
+        module = MethodOf(_network(**options), method)
 
         def call(x: Tensor, M: Tensor, b: Tensor, g0: Tensor, **options: Any) -> Tensor:
-            return functional_call(module, {name: M, "network.bias": b, "network.offset": g0}, x, options)
+            return functional_call(module, {"network.matrix": M, "network.bias": b, "network.offset": g0}, x, options)
 
         return call
 

@@ -11,8 +11,10 @@ from tests.layers_cones import CONES
 from tests.layers_morphology import MORPHOLOGY
 from tests.layers_points import POINTS
 from tests.layers_projections import PROJECTIONS
+from tests.layers_prox_learned import PROX_LEARNED
 from tests.layers_prox_networks import PROX_NETWORKS
 from tests.layers_prox_operators import PROX_OPERATORS
+from tests.layers_prox_plug_and_play import PLUG_AND_PLAY
 from tests.layers_prox_tv import TOTAL_VARIATION
 from tests.layers_ranking import RANKING
 from tests.layers_rebasin import REBASIN
@@ -38,6 +40,8 @@ LAYERS = (
     *PROX_OPERATORS,
     *TOTAL_VARIATION,
     *PROX_NETWORKS,
+    *PROX_LEARNED,
+    *PLUG_AND_PLAY,
 )
 
 # The slow suite adds what takes long, and, for layers that are slow themselves, the nests that the others are tried on.

@@ -62,12 +62,26 @@ LINES = {
         "length of the vessels' skeleton: {} ± {} pixels",
         "radius along it: median {}",
     ],
+    "sparse_autoencoder": [
+        "TopK 32 {} ± {} {} {} {} {}",
+        "AbsTopK, 3 steps 128 {} ± {} {} {} {} {} {} {}",
+        "transformer, its stream not replaced: {} % right",
+    ],
+    "proximal_lora": [
+        "turned by 90°: before adaptation {} % right",
+        "LoRA, rank 8 {} ± {} 10448",
+        "gate, λ = 0.02 {} ± {}",
+        "fine-tuning {} ± {} 118282",
+    ],
+    "laplace_prior": ["squares {} {} {} {}", "absolute values {} {} {} {}", "proximal matching {} {} {} {}"],
     "jacobian_descent": ["average {} {} {} × {} × {} {} {} %", "UPGrad {} {} {} × {} × {} {} {} %"],
 }
 SEEDED = (
     "continual_learning",
     "quickstart",
     "decision_focused",
+    "proximal_lora",
+    "sparse_autoencoder",
     "learning_to_rank",
     "moe_routing",
     "mpc_learned_cost",

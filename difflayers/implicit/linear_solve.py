@@ -114,7 +114,7 @@ def _with_function(matvec: Callable[[Any], Any], b: Any, linear: LinearMethod, b
     def residual(x: Tensor, *theta: Tensor) -> Tensor:
         return explicit(theta, x)
 
-    problem = Problem(residual, _nothing_to_find, linear, batch_ndim=batch_ndim, on_failure=on_failure)
+    problem = _FunctionProblem(residual, _nothing_to_find, linear, batch_ndim=batch_ndim, on_failure=on_failure)
     found = _solve(problem, torch.zeros_like(rows), rows, 0, captured, on_failure)
     return found._replace(x=raveler.unravel(found.x))
 
@@ -142,6 +142,25 @@ class _MatrixProblem(Problem):
     def batched(self, in_dims: tuple[int | None, ...], size: int, randomness: str) -> Problem:
         # Only a batched A asks for a new problem (a batched b is a column of this one), and products broadcast by themselves.
         return _MatrixProblem(self.linear, self.batch_ndim + 1, self.on_failure)
+
+
+class _FunctionProblem(Problem):
+    """The residual A x given as a function, which is its own derivative."""
+
+    def operator(self, point: Sequence[Any], transpose: bool) -> Callable[[Tensor], Tensor]:
+        if transpose:
+            return super().operator(point, transpose)
+        theta = point[1:]
+        return lambda u: self.residual(u, *theta)
+
+    def batched(self, in_dims: tuple[int | None, ...], size: int, randomness: str) -> Problem:
+        key = (in_dims, size, randomness)
+        if key not in self._batched:
+            residual = torch.func.vmap(self.residual, in_dims=(0, *in_dims), randomness=randomness)
+            self._batched[key] = _FunctionProblem(
+                residual, self.search, self.linear, batch_ndim=self.batch_ndim + 1, on_failure=self.on_failure
+            )
+        return self._batched[key]
 
 
 def _product(x: Tensor, matrix: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from .learned import LearnedProximalNetwork
 from .linear_operators import LinearOperator, Mask, MatrixOperator, adjoint_error, squared_norm
 from .matching import MatchingStage, ProximalMatchingLoss, ProximalMatchingSchedule
 from .nonexpansive import NonexpansiveProximalNetwork
+from .operators import *  # noqa: F403  (they have their own page, and may be taken from here, too)
 from .plug_and_play import PlugAndPlay
 
 __all__ = [

@@ -27,11 +27,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
-from torch.nn.utils.parametrize import register_parametrization
 
 from ..errors import ShapeError
-from ..implicit import implicit_root
 from ..solution import OnFailure
+from .proximal_network import ProximalNetwork
 
 __all__ = ["ConvexActivation", "ConvexGradientNetwork"]
 
@@ -61,7 +60,7 @@ _ACTIVATIONS = {
 }
 
 
-class ConvexGradientNetwork(nn.Module):
+class ConvexGradientNetwork(ProximalNetwork):
     r"""The gradient g of a convex function, as a network: monotone, invertible, a proximal operator.
 
     Args:
@@ -74,7 +73,10 @@ class ConvexGradientNetwork(nn.Module):
         rank: rows of A; None for n, 0 for no quadratic part.
         strong_convexity: μ ≥ 0, a lower bound of the Jacobian that no training can break.
         lipschitz: an upper bound of the Jacobian that no training can break, by spectral normalization of M. With 1.0 the network is
-            nonexpansive.
+            nonexpansive, and its prior convex; without a bound ``prox`` takes γ ≤ 1 only.
+        tol: of the equations that ``inverse``, ``prior`` and ``prox`` solve, relative to the size of their terms; None follows the dtype.
+        max_iter: Newton steps for them; None for 50.
+        on_failure: ``"raise"``, ``"nan"`` or ``"warn"`` where they are not solved.
 
     Raises:
         ValueError: an option is out of range.
@@ -90,8 +92,6 @@ class ConvexGradientNetwork(nn.Module):
         True
     """
 
-    weight: Tensor
-
     def __init__(
         self,
         dim: int,
@@ -102,8 +102,11 @@ class ConvexGradientNetwork(nn.Module):
         rank: int | None = None,
         strong_convexity: float = 0.0,
         lipschitz: float | None = None,
+        tol: float | None = None,
+        max_iter: int | None = None,
+        on_failure: OnFailure = "raise",
     ) -> None:
-        super().__init__()
+        super().__init__(tol=tol, max_iter=max_iter, on_failure=on_failure)
         rank = dim if rank is None else rank
         if min(dim, hidden, groups) < 1 or hidden % groups or rank < 0:
             raise ValueError(
@@ -123,15 +126,22 @@ class ConvexGradientNetwork(nn.Module):
         self.offset = nn.Parameter(torch.zeros(dim))
         # M: the rows of A above those of √d W, so that its spectral norm is what the Jacobian can reach.
         quadratic = 0.7 * torch.eye(rank, dim) + 0.1 * torch.randn(rank, dim) / math.sqrt(dim)
-        self.weight = nn.Parameter(torch.cat([quadratic, torch.randn(hidden, dim) / math.sqrt(dim)]))
-        if lipschitz is not None:
-            register_parametrization(self, "weight", _SpectralLimit(math.sqrt(lipschitz - strong_convexity)))
+        self.matrix = nn.Parameter(torch.cat([quadratic, torch.randn(hidden, dim) / math.sqrt(dim)]))
 
-    def forward(self, x: Tensor) -> Tensor:
+    @property
+    def weight(self) -> Tensor:
+        """M: the parameter ``matrix``, made smaller where its spectral norm is more than ``lipschitz`` leaves room for."""
+        if self.lipschitz is None:
+            return self.matrix
+        limit = math.sqrt(self.lipschitz - self.strong_convexity)
+        return self.matrix * (limit / _largest_eigenvalue(self.matrix).sqrt().clamp_min(limit))
+
+    def forward(self, x: Tensor, sigma: Any = None) -> Tensor:
         """g(x).
 
         Args:
             x: ``(*batch, n)``.
+            sigma: the noise level, as plug-and-play algorithms pass it; not looked at.
 
         Returns:
             Like x.
@@ -139,7 +149,9 @@ class ConvexGradientNetwork(nn.Module):
         Raises:
             ShapeError: the last dimension is not n.
         """
-        return self._gradient(self._checked(x), self.weight, self.bias, self.offset)
+        A, W = self._parts(self.weight)
+        slopes = self._activation.gradient(self._grouped(linear(self._checked(x), W, self.bias))).flatten(-2)
+        return linear(slopes, W.mT, self.offset) + linear(linear(x, A), A.mT) + self.strong_convexity * x
 
     def potential(self, x: Tensor) -> Tensor:
         """ψ(x), whose gradient is :meth:`forward`.
@@ -158,103 +170,10 @@ class ConvexGradientNetwork(nn.Module):
         H = self._activation.potential(self._grouped(linear(x, W, self.bias))).sum(-1)
         return H + linear(x, A).square().sum(-1) / 2 + self.strong_convexity / 2 * x.square().sum(-1) + x @ self.offset
 
-    def inverse(self, x: Tensor, *, tol: float | None = None, max_iter: int | None = None, on_failure: OnFailure = "raise") -> Tensor:
-        """The y with g(y) = x: the minimum of ψ(y) − ⟨x, y⟩, by Newton's method, differentiated implicitly.
-
-        It exists for every x if the strong convexity, or the smallest eigenvalue of AᵀA, is positive.
-
-        Args:
-            x: ``(*batch, n)``.
-            tol, max_iter, on_failure: as in :func:`~difflayers.implicit.implicit_root`.
-
-        Returns:
-            Like x.
-
-        Raises:
-            ShapeError: the last dimension is not n.
-            NotConvergedError, SingularError: there is no such y, or it was not found.
-        """
-
-        def residual(y: Tensor, x: Tensor, *parameters: Tensor) -> Tensor:
-            return self._gradient(y, *parameters) - x
-
-        x = self._checked(x)
-        solve = implicit_root(residual, symmetric=True, batch_ndim=x.dim() - 1, tol=tol, max_iter=max_iter, on_failure=on_failure)
-        return solve(x.nan_to_num(), x, self.weight, self.bias, self.offset)
-
-    def prox(
-        self,
-        x: Tensor,
-        *args: Any,
-        gamma: float | Tensor = 1.0,
-        tol: float | None = None,
-        max_iter: int | None = None,
-        on_failure: OnFailure = "raise",
-    ) -> Tensor:
-        r"""The proximal operator of γR, where g is that of R: the minimum of γR(u) + ½‖u − x‖².
-
-        It is g itself for γ = 1. Else it is u = g(y) with γy + (1 − γ)g(y) = x, one root. That has one solution if γ(L − 1) < L for an
-        upper bound L of the Jacobian: for γ ≤ 1 always, and for every γ if g is nonexpansive.
-
-        Args:
-            x: ``(*batch, n)``.
-            args: not used; there for the calls ``prior.prox(x, sigma, gamma=...)`` of other packages.
-            gamma: γ > 0, a number or ``(*batch,)``. More than 1 wants the option ``lipschitz``.
-            tol, max_iter, on_failure: as in :func:`~difflayers.implicit.implicit_root`.
-
-        Returns:
-            Like x.
-
-        Raises:
-            ShapeError: the last dimension is not n.
-            ValueError: the proximal operator of γR need not be a function, for a number γ.
-            NotConvergedError: the same for a tensor γ, or the root was not found.
-        """
-
-        def residual(y: Tensor, x: Tensor, gamma: Tensor, *parameters: Tensor) -> Tensor:
-            return gamma * y + (1 - gamma) * self._gradient(y, *parameters) - x
-
-        x = self._checked(x)
-        limit, parameters = self._largest_gamma(), (self.weight, self.bias, self.offset)
-        if not isinstance(gamma, Tensor):
-            if not 0 < gamma < math.inf or gamma > limit:
-                raise ValueError(
-                    f"gamma must be positive and at most {limit:g} for lipschitz={self.lipschitz}, got {gamma}; "
-                    "with lipschitz=1.0 every gamma is right"
-                )
-            if gamma == 1:
-                return self._gradient(x, *parameters)
-            gamma = x.new_tensor(gamma)
-        gamma = gamma.unsqueeze(-1)
-        x = x.expand(torch.broadcast_shapes(x.shape, gamma.shape))
-        # A value that makes no sense fails as NaN, in its own element: under vmap it cannot be looked at.
-        gamma = torch.where((gamma > 0) & (gamma <= limit), gamma, torch.nan)
-        solve = implicit_root(residual, symmetric=True, batch_ndim=x.dim() - 1, tol=tol, max_iter=max_iter, on_failure=on_failure)
-        y, lost = _without_nan(solve(x.nan_to_num(), x, gamma, *parameters))
-        return torch.where(lost, torch.nan, self._gradient(y, *parameters))
-
-    def prior(self, x: Tensor, *, tol: float | None = None, max_iter: int | None = None, on_failure: OnFailure = "raise") -> Tensor:
-        """R(x) = ⟨y, x⟩ − ½‖x‖² − ψ(y) with y = g⁻¹(x): the function whose proximal operator g is, up to a constant. Its gradient is y − x.
-
-        Args:
-            x: ``(*batch, n)``.
-            tol, max_iter, on_failure: as in :meth:`inverse`.
-
-        Returns:
-            ``(*batch,)``.
-
-        Raises:
-            ShapeError: the last dimension is not n.
-            NotConvergedError, SingularError: x is not in the range of g, where R is infinite, or the inverse was not found.
-        """
-        y, lost = _without_nan(self.inverse(x, tol=tol, max_iter=max_iter, on_failure=on_failure))
-        x = torch.where(lost, 0, x)
-        return torch.where(lost.squeeze(-1), torch.nan, (y * x).sum(-1) - x.square().sum(-1) / 2 - self.potential(y))
-
     def jacobian_bounds(self) -> tuple[Tensor, Tensor]:
         """Scalars l and L with l·I ≤ ∂g/∂x ≤ L·I at every x: strong convexity and Lipschitz constant."""
         A, _ = self._parts(self.weight)
-        least = torch.linalg.eigvalsh(A.mT @ A)[0].clamp_min(0) if self.rank >= self.dim else self.weight.new_zeros(())
+        least = torch.linalg.eigvalsh(A.mT @ A)[0].clamp_min(0) if self.rank >= self.dim else self.matrix.new_zeros(())
         return self.strong_convexity + least, self.strong_convexity + _largest_eigenvalue(self.weight)
 
     def extra_repr(self) -> str:
@@ -286,34 +205,12 @@ class ConvexGradientNetwork(nn.Module):
     def _grouped(self, z: Tensor) -> Tensor:
         return z.unflatten(-1, (self.groups, -1))
 
-    def _gradient(self, x: Tensor, weight: Tensor, bias: Tensor, offset: Tensor) -> Tensor:
-        A, W = self._parts(weight)
-        slopes = self._activation.gradient(self._grouped(linear(x, W, bias))).flatten(-2)
-        return linear(slopes, W.mT, offset) + linear(linear(x, A), A.mT) + self.strong_convexity * x
-
     def _checked(self, x: Tensor) -> Tensor:
         if x.dim() < 1 or x.shape[-1] != self.dim:
             raise ShapeError(f"x must have the shape (*batch, {self.dim}), got {tuple(x.shape)}")
         return x
 
 
-class _SpectralLimit(nn.Module):
-    """M, made smaller where its spectral norm is more than the limit."""
-
-    def __init__(self, limit: float) -> None:
-        super().__init__()
-        self.limit = limit
-
-    def forward(self, M: Tensor) -> Tensor:
-        return M * (self.limit / _largest_eigenvalue(M).sqrt().clamp_min(self.limit))
-
-
 def _largest_eigenvalue(M: Tensor) -> Tensor:
     """‖M‖² by the smaller of the two Gram matrices, whose other eigenvalues don't coincide by construction."""
     return torch.linalg.eigvalsh(M @ M.mT if M.shape[0] < M.shape[1] else M.mT @ M)[-1]
-
-
-def _without_nan(y: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows that were not found as zeros, and which they are: what is computed of a NaN has the gradient NaN, also if it is masked."""
-    lost = y.isnan().any(-1, keepdim=True)
-    return torch.where(lost, 0, y), lost

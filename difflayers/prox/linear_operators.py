@@ -26,6 +26,7 @@ from torch.autograd import forward_ad
 
 from ..errors import ShapeError
 from ..implicit import linear_solve
+from ..implicit.function import in_a_transform
 
 __all__ = [
     "LinearOperator",
@@ -74,6 +75,10 @@ class Operator(nn.Module, abc.ABC):
             A tensor like z.
         """
         return prox_by_products(self, z, y, gamma, batch_ndim=self.batch_ndim)
+
+    def A_vjp(self, x: Tensor, v: Tensor) -> Tensor:
+        """Aᵀ v, under the name that deepinv has for the derivative of any operator at x."""
+        return self.A_adjoint(v)
 
     def forward(self, x: Tensor) -> Tensor:
         """A x."""
@@ -163,8 +168,8 @@ class Mask(Operator):
 class MatrixOperator(Operator):
     """Measurements by a matrix, as in compressed sensing: A x is ``matrix @ x``, x flattened.
 
-    The eigenvectors of a constant matrix's smaller Gram matrix are computed once. A matrix that is differentiated gets a Cholesky
-    factorization at each call of ``prox_l2``.
+    The eigenvectors of a constant matrix's smaller Gram matrix are computed at the first ``prox_l2`` and kept. A matrix that is
+    differentiated, or batched by vmap, gets a Cholesky factorization at each call.
 
     Args:
         matrix: ``(m, n)``, or ``(*batch, m, n)`` with one for each problem; an ``nn.Parameter`` is learned.
@@ -182,8 +187,6 @@ class MatrixOperator(Operator):
     """
 
     matrix: Tensor
-    gram_values: Tensor | None
-    gram_vectors: Tensor | None
 
     def __init__(self, matrix: Tensor, shape: Sequence[int] | None = None) -> None:
         super().__init__()
@@ -191,9 +194,7 @@ class MatrixOperator(Operator):
             raise ShapeError(f"expected a matrix (*batch, m, n) with n the product of shape={shape}, got {tuple(matrix.shape)}")
         self.shape = (matrix.shape[-1],) if shape is None else tuple(shape)
         hold(self, "matrix", matrix)
-        values, vectors = (None, None) if _is_differentiated(matrix) else torch.linalg.eigh(self._gram())
-        self.register_buffer("gram_values", values)
-        self.register_buffer("gram_vectors", vectors)
+        self._kept: tuple[Any, ...] = (None, -1)
 
     def A(self, x: Tensor) -> Tensor:
         """matrix @ x, ``(*batch, m)``."""
@@ -213,12 +214,25 @@ class MatrixOperator(Operator):
 
     def _divide(self, gamma: Tensor, rhs: Tensor) -> Tensor:
         """(I + γ G)⁻¹ rhs."""
-        if self.gram_values is None or self.gram_vectors is None:
+        if _is_differentiated(self.matrix):
             gram = self._gram()
             system = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device) + gamma[..., None, None] * gram
             return linear_solve(system, rhs, method="cholesky", on_failure="nan").x
-        scaled = _times(self.gram_vectors.mT, rhs) / (1 + gamma[..., None] * self.gram_values)
-        return _times(self.gram_vectors, scaled)
+        values, vectors = self._eigenvectors()
+        return _times(vectors, _times(vectors.mT, rhs) / (1 + gamma[..., None] * values))
+
+    def _eigenvectors(self) -> tuple[Tensor, Tensor]:
+        """Of the Gram matrix, computed anew when the matrix is another one, or was changed."""
+        matrix, version, *found = self._kept
+        if matrix is not self.matrix or version != self.matrix._version:
+            with torch.no_grad():
+                found = list(torch.linalg.eigh(self._gram()))
+            if not in_a_transform():  # whose tensors do not outlive it
+                self._kept = (self.matrix, self.matrix._version, *found)
+        return found[0], found[1]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_kept": (None, -1)}
 
     def _gram(self) -> Tensor:
         return self.matrix @ self.matrix.mT if self._is_wide() else self.matrix.mT @ self.matrix
@@ -259,9 +273,9 @@ def prox_by_products(operator: Any, z: Tensor, y: Tensor, gamma: Tensor | float,
 
 
 def adjoint_error(operator: Any, x: Tensor, *, generator: torch.Generator | None = None) -> float:
-    """How far ``A_adjoint`` is from the adjoint of ``A``: the difference of ⟨A x, y⟩ and ⟨x, Aᵀ y⟩ for random x and y, relative to their sizes.
+    """How far ``A_adjoint`` is from the adjoint of ``A``: ⟨A x, y⟩ − ⟨x, Aᵀ y⟩ for random x and y, relative to their sizes.
 
-    Rounding gives about 1e-8 in float32 and 1e-16 in float64. Much more is a mistake in one of the products, and makes every gradient wrong.
+    Rounding gives about 1e-8 in float32 and 1e-16 in float64. Much more is a mistake in one of the products, and makes gradients wrong.
 
     Args:
         operator: any object with ``A`` and ``A_adjoint``.

@@ -6,7 +6,7 @@ the mean of x given y, by ‖f(y) − x‖₁ the medians. With
 .. math:: \ell_γ(f(y), x) = 1 - \exp\bigl(-\|f(y) - x\|^2 / γ^2\bigr)
 
 it becomes, as γ → 0, the mode: :math:`\arg\max_x p(x \mid y)`. For Gaussian noise of variance σ² that is the proximal operator of
-−σ² log p, so the prior can be read off the network, see :class:`~difflayers.prox.LearnedProximalNetwork`.
+−σ² log p, so the prior can be read off the network, see :class:`~difflayers.LearnedProximalNetwork`.
 
 The loss is flat where the error is much larger than γ, and training from scratch would not begin. So it begins with the 1-norm, and γ falls
 by stages: :class:`ProximalMatchingSchedule`.

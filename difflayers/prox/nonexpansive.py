@@ -4,12 +4,12 @@ With a convex network ψ and :math:`R(x) = ψ(x) + \frac{μ}{2} \|x\|^2` the net
 
 .. math:: f(x) = \operatorname{prox}_R(x) = \arg\min_u \; R(u) + \tfrac12 \|u - x\|^2, \qquad u + ∇R(u) = x,
 
-the proximal operator of a *convex* prior that is known from the outset. So :math:`\|f(x) - f(x')\| \le \frac{1}{1 + μ} \|x - x'\|`, without
-a bound on any weight: plug-and-play iterations with it converge, to the one minimizer of a convex objective. The price is a solve where
-:class:`~difflayers.prox.LearnedProximalNetwork` has one pass, and that priors which are not convex, those of natural images among them, can
+the proximal operator of a *convex* prior that is known from the outset. So :math:`\|f(x) - f(x')\| \le \|x - x'\| / (1 + μ)`, without a
+bound on any weight: plug-and-play iterations with it converge, to the minimizer of a convex objective. The price is a solve where
+:class:`~difflayers.LearnedProximalNetwork` has one pass, and that priors which are not convex, those of natural images among them, can
 only be approached.
 
-The convex potential of f is that of a Moreau envelope, :math:`φ(x) = \max_u ⟨u, x⟩ - \frac12 \|u\|^2 - R(u)`.
+The convex potential of f is :math:`φ(x) = \max_u ⟨u, x⟩ - \frac12 \|u\|^2 - R(u)`, and the inverse needs no solve.
 
 References: Moreau, Proximité et dualité dans un espace hilbertien, 1965; Bauschke and Combettes, Convex Analysis and Monotone Operator
 Theory in Hilbert Spaces, 2017, chapter 12.
@@ -17,18 +17,20 @@ Theory in Hilbert Spaces, 2017, chapter 12.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..implicit import stationary_value
 from ..solution import OnFailure
-from .learned import ProximalNetwork
+from .learned import StronglyConvex
 
 __all__ = ["NonexpansiveProximalNetwork"]
 
 
-class NonexpansiveProximalNetwork(ProximalNetwork):
+class NonexpansiveProximalNetwork(StronglyConvex):
     """The proximal operator of a convex network, as an implicit layer: firmly nonexpansive by construction.
 
     It has the methods of :class:`LearnedProximalNetwork`, so that one can take the place of the other. Differentiable to any order, in x
@@ -40,6 +42,9 @@ class NonexpansiveProximalNetwork(ProximalNetwork):
         tol: of the equations, relative to the size of their terms; None follows the dtype.
         max_iter: Newton steps; None for 50.
         on_failure: ``"raise"``, ``"nan"`` or ``"warn"`` where they are not solved.
+
+    Raises:
+        ValueError: ``strong_convexity`` is negative.
 
     Example:
         >>> import torch
@@ -59,9 +64,7 @@ class NonexpansiveProximalNetwork(ProximalNetwork):
         max_iter: int | None = None,
         on_failure: OnFailure = "raise",
     ) -> None:
-        if not strong_convexity >= 0:
-            raise ValueError(f"strong_convexity must not be negative, got {strong_convexity}")
-        super().__init__(potential, strong_convexity, tol, max_iter, on_failure)
+        super().__init__(potential, strong_convexity, tol=tol, max_iter=max_iter, on_failure=on_failure)
 
     def forward(self, x: Tensor, sigma: Any = None) -> Tensor:
         """The proximal operator of R.
@@ -84,9 +87,15 @@ class NonexpansiveProximalNetwork(ProximalNetwork):
             gamma: γ ≥ 0, a number or ``(*batch,)``.
 
         Raises:
-            NotConvergedError: the minimum was not found (``on_failure="raise"``).
+            ValueError: a number γ that is negative.
+            NotConvergedError: the same for a tensor, or the minimum was not found (``on_failure="raise"``).
         """
-        return self._solve(lambda u, x, g: u + g * self._slope(u) - x, x, x, self._step(gamma, x))
+        if not isinstance(gamma, Tensor) and not 0 <= gamma < math.inf:
+            raise ValueError(f"gamma must be at least 0, got {gamma}")
+        step = self._step(gamma, x)
+        step = torch.where(step >= 0, step, torch.nan)
+        x = x.expand(torch.broadcast_shapes(x.shape, step.shape))
+        return self._solve(lambda u, x, g: u + g * self._slope(u) - x, x, step)
 
     def potential(self, x: Tensor) -> Tensor:
         """φ(x), convex, whose gradient the network is.
@@ -96,8 +105,14 @@ class NonexpansiveProximalNetwork(ProximalNetwork):
 
         Returns:
             ``(*batch,)``.
+
+        Raises:
+            NotConvergedError: the minimum was not found (``on_failure="raise"``).
         """
-        return stationary_value(lambda u, x: self._inner(u, x) - self._inner(u, u) / 2 - self._phi(u), self(x), x)
+        u, lost = self._without_nan(self(x))
+        x = torch.where(lost, 0, x)
+        value = stationary_value(lambda u, x: self._inner(u, x) - self._inner(u, u) / 2 - self._phi(u), u, x)
+        return torch.where(self._flat(lost), torch.nan, value)
 
     def inverse(self, x: Tensor) -> Tensor:
         """The y with f(y) = x, which is x + ∇R(x).

@@ -148,8 +148,9 @@ class PlugAndPlay(nn.Module):
         x = self._start(y, x0, given)
         algorithm = UNROLLED_FISTA if self.algorithm == "fista" and self.backward == "unroll" else ALGORITHMS[self.algorithm]
 
-        def step(state: Any, y: Tensor, stepsize: Tensor) -> Any:
-            return algorithm.step(state, self._terms(y, spread(stepsize, x), given))
+        def step(state: Any, y: Tensor, stepsize: Tensor | float) -> Any:
+            # A number stays one: a prior may know a shortcut for it.
+            return algorithm.step(state, self._terms(y, spread(stepsize, x) if isinstance(stepsize, Tensor) else stepsize, given))
 
         max_iter = (100 if self.backward == "unroll" else 1000) if self.max_iter is None else self.max_iter
         fixed_point = implicit_fixed_point(
@@ -173,7 +174,7 @@ class PlugAndPlay(nn.Module):
             found = found._replace(iterations=torch.full_like(found.iterations, max_iter))
         return found._replace(x=_image(found.x))
 
-    def _terms(self, y: Tensor, s: Tensor, physics: tuple[Any, ...]) -> Terms:
+    def _terms(self, y: Tensor, s: Tensor | float, physics: tuple[Any, ...]) -> Terms:
         told = () if self.sigma is None else (self.sigma,)
         return Terms(
             descend=lambda x: x - s * self.data_fidelity.grad(x, y, *physics),
@@ -195,9 +196,11 @@ class PlugAndPlay(nn.Module):
         # Where y is NaN the start would be, too, and no derivative exists there that could be set to zero.
         return torch.where(torch.isfinite(x0), x0, 0).detach()
 
-    def _positive_stepsize(self, x: Tensor) -> Tensor:
-        s = torch.as_tensor(self.stepsize, dtype=x.dtype, device=x.device)
-        if s.dim() > self.batch_ndim or (s.dim() and torch.broadcast_shapes(s.shape, x.shape[: s.dim()]) != x.shape[: s.dim()]):
+    def _positive_stepsize(self, x: Tensor) -> Tensor | float:
+        if not isinstance(self.stepsize, Tensor):
+            return self.stepsize
+        s = self.stepsize.to(x)
+        if s.dim() > self.batch_ndim or any(k not in (1, n) for k, n in zip(s.shape, x.shape, strict=False)):
             raise ShapeError(f"stepsize is one number, or one for each image {tuple(x.shape[: self.batch_ndim])}; got {tuple(s.shape)}")
         return torch.where(s > 0, s, torch.nan)
 

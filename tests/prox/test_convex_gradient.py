@@ -78,7 +78,7 @@ def test_bounds_are_reached() -> None:
     # One unit, no shift, along the first axis: 4 tanh(2x) + μx has the slope 8 + μ... at zero, and μ far away.
     network = ConvexGradientNetwork(1, 1, activation="tanh", rank=0, strong_convexity=0.25).double()
     with torch.no_grad():
-        network.weight.fill_(2.0)
+        network.matrix.fill_(2.0)
         network.bias.zero_()
     slope = vmap(jacrev(network))(torch.tensor([[0.0], [50.0]], dtype=torch.float64)).flatten()
     torch.testing.assert_close(slope, torch.tensor([4.25, 0.25], dtype=torch.float64))
@@ -86,7 +86,7 @@ def test_bounds_are_reached() -> None:
     # Two units of a group in softmax are one sigmoid of twice their half difference.
     pair = ConvexGradientNetwork(1, 2, rank=0).double()
     with torch.no_grad():
-        pair.weight.copy_(math.sqrt(0.5) * torch.tensor([[1.0], [-1.0]], dtype=torch.float64))
+        pair.matrix.copy_(math.sqrt(0.5) * torch.tensor([[1.0], [-1.0]], dtype=torch.float64))
         pair.bias.zero_()
     assert pair(torch.tensor([0.7], dtype=torch.float64)).item() == pytest.approx(math.tanh(0.7), rel=1e-14)
     assert pair.jacobian_bounds()[1].item() == pytest.approx(1.0)
@@ -150,7 +150,8 @@ def test_inverse_of_what_is_out_of_range_fails_alone() -> None:
     with pytest.raises(SolveError) as caught:
         network.inverse(batch)
     assert caught.value.indices == [(1,)]
-    y = network.inverse(batch, on_failure="nan")
+    network.on_failure = "nan"
+    y = network.inverse(batch)
     assert y[1].isnan().all()
     torch.testing.assert_close(network(y[[0, 2]]), batch[[0, 2]])
 
@@ -180,13 +181,14 @@ def test_prox_of_a_nonexpansive_network_for_every_gamma() -> None:
     gamma = torch.tensor([0.5, 2.0], dtype=torch.float64, requires_grad=True)
     assert gradcheck(lambda gamma: network.prox(x[:2], gamma=gamma), (gamma,), check_forward_ad=True)
     assert network.prox(x[0], gamma=gamma.detach()).shape == (2, 3)
+    assert copy.deepcopy(network).float().prox(x.float()[:2], gamma=gamma.detach()).dtype == torch.float32
 
 
 def test_prox_refuses_a_gamma_with_more_than_one_minimum() -> None:
     steep, limited = make(), make(lipschitz=2.0)
     x = points(2, 3)
-    for network, gamma in ((steep, 1.5), (limited, 2.0), (limited, 0.0), (limited, math.nan)):
-        with pytest.raises(ValueError, match="gamma must be positive and at most"):
+    for network, gamma in ((steep, 1.5), (limited, 2.0), (limited, -1.0), (limited, math.nan)):
+        with pytest.raises(ValueError, match="gamma must be at least 0, and at most"):
             network.prox(x, gamma=gamma)
     with pytest.raises(NotConvergedError) as caught:
         limited.prox(x, gamma=torch.tensor([0.5, 2.5], dtype=torch.float64))
@@ -247,7 +249,7 @@ def test_published_form_of_one_layer_is_this_network() -> None:
     W, b, x = points(6, 4), points(6, seed=2, scale=1.0), points(4, seed=3, scale=1.0)
     network = ConvexGradientNetwork(4, 6, activation=_squared_sigmoid(), rank=0).double()
     with torch.no_grad():
-        network.weight.copy_(W / 4)  # M = √d W
+        network.matrix.copy_(W / 4)  # M = √d W
         network.bias.copy_(b)
         network.offset.sub_(network(torch.zeros_like(x)))  # ∫ … x dt is zero at zero
     published = _Deep((W, b))
@@ -294,8 +296,8 @@ def test_copies_and_state() -> None:
     twin.load_state_dict(network.state_dict())
     assert torch.equal(twin(x), network(x))
     assert torch.equal(copy.deepcopy(network)(x), network(x))
-    free = make()
-    assert torch.equal(pickle.loads(pickle.dumps(free))(x), free(x))
+    assert torch.equal(pickle.loads(pickle.dumps(network))(x), network(x))
+    assert torch.equal(network(x, 0.1), network(x))
     with torch.no_grad():
         assert network.inverse(x).grad_fn is None
     assert not x.requires_grad

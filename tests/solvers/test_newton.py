@@ -2,6 +2,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from difflayers import Status
@@ -158,3 +159,18 @@ def test_bad_arguments():
         newton(lambda x: x[:2], torch.zeros(3))
     with pytest.raises(ShapeError, match="batch_ndim"):
         newton(lambda x: x, {"a": torch.zeros(2), "b": torch.zeros(3)}, batch_ndim=1)
+
+
+def test_conjugate_gradients_take_the_step_of_a_convex_gradient() -> None:
+    generator = torch.Generator().manual_seed(0)
+    A = torch.randn(60, 40, generator=generator, dtype=torch.float64)
+    b = torch.randn(5, 60, generator=generator, dtype=torch.float64)
+
+    def gradient(x: Tensor) -> Tensor:
+        return torch.tanh(x @ A.mT + b) @ A + 0.1 * x
+
+    start = torch.zeros(5, 40, dtype=torch.float64)
+    found = newton(gradient, start, batch_ndim=1, symmetric=True, dense_limit=0)
+    dense = newton(gradient, start, batch_ndim=1)
+    assert (found.status == Status.SOLVED).all()
+    torch.testing.assert_close(found.x, dense.x, rtol=1e-9, atol=1e-9)

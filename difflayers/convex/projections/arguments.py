@@ -11,7 +11,8 @@ from torch import Tensor
 from ...errors import ShapeError
 from ...implicit.broadcasting import BroadcastingProblem
 from ...implicit.closure import visible_to_modes
-from ...implicit.function import ImplicitFunction
+from ...implicit.eager import eager
+from ...implicit.function import ImplicitFunction, in_a_transform
 from ...solution import OnFailure, Solution, Status, report_failures
 
 __all__ = ["Number", "check_parameter", "check_rows", "failures_reported", "negative_radius_reported", "radius", "status_reported"]
@@ -112,17 +113,14 @@ def status_reported(point: Tensor, status: Tensor, violation: Tensor, what: str,
 
     Args:
         point: ``(*batch, ...)``.
-        status: ``(*batch,)``.
-        violation: ``(*batch,)``, how far from a problem with a solution.
+        status: ``(*batch,)``, or what broadcasts to it.
+        violation: how far from a problem with a solution, of the shape of ``status``.
         what: the function's name.
         on_failure: the caller's choice.
         core_ndim: the dimensions of one point.
     """
-    status = status.expand(point.shape[: point.dim() - core_ndim])
     if on_failure != "nan":
-        # On plain tensors, below all transforms: whether to raise depends on the data.
-        operands = visible_to_modes([point.detach(), status, violation.detach().expand(status.shape)])
-        ImplicitFunction.apply(_Report(what, on_failure, status.dim(), core_ndim), point.new_zeros(0), *operands)
+        _report(_Report(what, on_failure, point.dim() - core_ndim, core_ndim), point.detach(), status, violation.detach())
         return point
     failed = (status != Status.SOLVED).reshape((*status.shape, *[1] * core_ndim))
     return torch.where(failed, torch.nan, point)
@@ -144,6 +142,16 @@ def negative_radius_reported(point: Tensor, r: Tensor, given: Number, what: str,
     return failures_reported(point, r < 0, -r, what, on_failure)
 
 
+@eager
+def _report(report: _Report, *operands: Tensor) -> None:
+    nothing = operands[0].new_zeros(0)
+    if in_a_transform(*operands):
+        # On plain tensors, below all transforms: whether to raise depends on the data.
+        ImplicitFunction.apply(report, nothing, *visible_to_modes(operands))
+    else:
+        report.find(nothing, operands)
+
+
 class _Report(BroadcastingProblem):
     """Nothing to solve, only failures to report, for all elements of all vmaps at once."""
 
@@ -153,6 +161,8 @@ class _Report(BroadcastingProblem):
 
     def find(self, x0: Tensor, theta: Sequence[Any]) -> Any:
         point, status, violation = theta
+        if self.on_failure in ("raise", "warn") and not bool(status.any()):
+            return (x0.clone(),)
         batch = torch.broadcast_shapes(point.shape[: point.dim() - self.core_ndims[0]], status.shape)
         point = point.expand((*batch, *point.shape[point.dim() - self.core_ndims[0] :]))
         status, violation = status.expand(batch), violation.expand(batch)

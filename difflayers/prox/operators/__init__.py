@@ -18,22 +18,41 @@ tensor(1.)
 
 from __future__ import annotations
 
+from .calculus import moreau_envelope, prox_affine, prox_conjugate, prox_indicator
+from .envelope import group_sparse_envelope, prox_group_sparse
 from .groups import prox_group_lasso
+from .module import Prox
 from .norms import prox_elastic_net, prox_huber, prox_l2, prox_linf, prox_squared_l2
+from .penalties import prox_log, prox_lp
+from .spectral import prox_nuclear
 from .thresholds import firm_threshold, hard_threshold, prox_l0, soft_threshold, top_k_abs
 from .total_variation_1d import prox_tv1d
+from .total_variation_2d import TotalVariationSolution, prox_tv2d, solve_tv2d
 
 __all__ = [
+    "Prox",
+    "TotalVariationSolution",
     "firm_threshold",
+    "group_sparse_envelope",
     "hard_threshold",
+    "moreau_envelope",
+    "prox_affine",
+    "prox_conjugate",
     "prox_elastic_net",
     "prox_group_lasso",
+    "prox_group_sparse",
     "prox_huber",
+    "prox_indicator",
     "prox_l0",
     "prox_l2",
     "prox_linf",
+    "prox_log",
+    "prox_lp",
+    "prox_nuclear",
     "prox_squared_l2",
     "prox_tv1d",
+    "prox_tv2d",
     "soft_threshold",
+    "solve_tv2d",
     "top_k_abs",
 ]

@@ -11,7 +11,7 @@ from ...convex.projections.arguments import Number, check_parameter, status_repo
 from ...errors import ShapeError
 from ...solution import OnFailure, Status
 
-__all__ = ["Number", "check_entries", "entry_weight", "negative", "row_weight", "weights_reported"]
+__all__ = ["Number", "check_entries", "check_entry_weight", "entry_weight", "negative", "row_weight", "weights_reported"]
 
 
 def check_entries(x: Any, name: str = "x") -> None:
@@ -41,13 +41,22 @@ def entry_weight(value: Number, name: str, x: Tensor, *, positive: bool = False)
         ShapeError: it does not broadcast, or has another dtype or device.
         ValueError: a number is negative, or zero and must not be.
     """
-    _check_number(value, name, positive)
-    weight = check_parameter(value, name, x, ())
+    check_entry_weight(value, name, x, positive=positive)
+    return check_parameter(value, name, x, ())
+
+
+def check_entry_weight(value: Number, name: str, x: Tensor, *, positive: bool = False) -> None:
+    """The checks of :func:`entry_weight`, where a number is as good as a tensor."""
+    if not isinstance(value, Tensor):
+        _check_number(value, name, positive)
+        return
+    check_parameter(value, name, x, ())
+    if not value.dim():
+        return
     try:
-        torch.broadcast_shapes(weight.shape, x.shape)
+        torch.broadcast_shapes(value.shape, x.shape)
     except RuntimeError as error:
-        raise ShapeError(f"{name} must broadcast against x, got {tuple(weight.shape)} and {tuple(x.shape)}") from error
-    return weight
+        raise ShapeError(f"{name} must broadcast against x, got {tuple(value.shape)} and {tuple(x.shape)}") from error
 
 
 def row_weight(value: Number, name: str, x: Tensor, *, core_ndim: int = 1) -> Tensor:

@@ -8,8 +8,8 @@ r"""Norms and their squares: proximal operators that are a formula.
    λ \textstyle\sum h_δ(x_i) &: \; x - λ \operatorname{clip}(x / (1 + λ), -δ, δ), \quad
    h_δ(u) = \begin{cases} u^2/2 & |u| \le δ \\ δ|u| - δ^2/2 & \text{else} \end{cases}
 
-The one of the maximum norm is Moreau's identity. All are differentiated by autograd; at a kink the derivative is that of the side
-on which x moves, so that λ = 0 is the identity with its derivatives (but for the maximum norm at x = 0).
+The one of the maximum norm is Moreau's identity. All are differentiated by autograd; at a kink the derivative is that of one side:
+of the outside for ‖x‖₂, of the inside for ‖x‖₁ and ‖x‖∞, of the quadratic for Huber's function.
 
 References: Parikh and Boyd, Proximal algorithms, Foundations and Trends in Optimization 1 (2014), chapter 6; Zou and
 Hastie, Regularization and variable selection via the elastic net, JRSS B 67 (2005).
@@ -23,7 +23,7 @@ from torch import Tensor
 from ...convex.projections import projection_l1_ball
 from ...convex.projections.arguments import check_rows
 from ...solution import OnFailure
-from .arguments import Number, check_entries, entry_weight, negative, row_weight, weights_reported
+from .arguments import Number, check_entries, check_entry_weight, entry_weight, negative, row_weight, weights_reported
 from .thresholds import shrunk
 
 __all__ = ["norm_and_direction", "prox_elastic_net", "prox_huber", "prox_l2", "prox_linf", "prox_squared_l2"]
@@ -134,8 +134,8 @@ def prox_elastic_net(x: Tensor, lam1: Number, lam2: Number, *, on_failure: OnFai
         tensor([-0.7500,  0.0000,  0.5000])
     """
     check_entries(x)
-    threshold, weight = entry_weight(lam1, "lam1", x), entry_weight(lam2, "lam2", x)
-    point = shrunk(x, threshold) / (1 + weight)
+    check_entry_weight(lam1, "lam1", x)
+    point = shrunk(x, lam1) / (1 + entry_weight(lam2, "lam2", x))
     rule = "lam1 and lam2 must not be negative"
     return weights_reported(point, negative(lam1, lam2), "prox_elastic_net", on_failure, core_ndim=0, rule=rule)
 
@@ -164,8 +164,7 @@ def prox_huber(x: Tensor, lam: Number, delta: Number = 1.0, *, on_failure: OnFai
     """
     check_entries(x)
     weight, bend = entry_weight(lam, "lam", x), entry_weight(delta, "delta", x)
-    inside = x / (1 + weight)
-    point = torch.where(inside.abs() > bend, x - x.sign() * (weight * bend), inside)
+    point = x - weight * torch.clamp(x / (1 + weight), -bend, bend)
     rule = "lam and delta must not be negative"
     return weights_reported(point, negative(lam, delta), "prox_huber", on_failure, core_ndim=0, rule=rule)
 

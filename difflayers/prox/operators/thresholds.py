@@ -7,8 +7,8 @@ r"""Thresholds: proximal operators that act on every entry alone, and the larges
 
 The soft threshold is the operator of λ‖x‖₁, the hard one that of ½λ²‖x‖₀ (so λ‖x‖₀ has the threshold √(2λ)), and the firm one that of the
 minimax concave penalty λ|u| − λu²/(2μ), constant from |u| = μ on; it is soft for μ = ∞ and hard for μ = λ. The k entries of largest size
-are the nearest point with at most k nonzeros. All are formulas, which autograd differentiates. At a threshold the derivative is that of the
-outside, so that λ = 0 is the identity with its derivatives.
+are the nearest point with at most k nonzeros. All are formulas, which autograd differentiates. At a threshold the derivative of the soft
+one is that of the inside, zero; that of the others is that of the outside.
 
 References: Donoho and Johnstone, Ideal spatial adaptation by wavelet shrinkage, Biometrika 81 (1994); Gao and Bruce, WaveShrink with
 firm shrinkage, Statistica Sinica 7 (1997); Zhang, Nearly unbiased variable selection under minimax concave penalty, Annals of
@@ -17,18 +17,20 @@ Statistics 38 (2010), arXiv:1002.4734.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from ...convex.projections.arguments import check_rows
 from ...solution import OnFailure
-from .arguments import Number, check_entries, entry_weight, negative, weights_reported
+from .arguments import Number, check_entries, check_entry_weight, entry_weight, negative, weights_reported
 
 __all__ = ["firm_threshold", "hard_threshold", "prox_l0", "shrunk", "soft_threshold", "top_k_abs"]
 
 
 def soft_threshold(x: Tensor, lam: Number, *, on_failure: OnFailure = "raise") -> Tensor:
-    """The proximal operator of λ‖x‖₁: every entry moves towards zero by λ.
+    """The proximal operator of λ‖x‖₁: every entry moves towards zero by λ. At |x| = λ the derivative is zero.
 
     Args:
         x: any shape.
@@ -49,8 +51,8 @@ def soft_threshold(x: Tensor, lam: Number, *, on_failure: OnFailure = "raise") -
         tensor([-1.5000,  0.0000,  1.0000])
     """
     check_entries(x)
-    point = shrunk(x, entry_weight(lam, "lam", x))
-    return weights_reported(point, negative(lam), "soft_threshold", on_failure, core_ndim=0)
+    check_entry_weight(lam, "lam", x)
+    return weights_reported(shrunk(x, lam), negative(lam), "soft_threshold", on_failure, core_ndim=0)
 
 
 def hard_threshold(x: Tensor, lam: Number, *, on_failure: OnFailure = "raise") -> Tensor:
@@ -189,15 +191,15 @@ def top_k_abs(x: Tensor, k: int) -> Tensor:
     return torch.where(broken, torch.nan, torch.where(kept, x, 0))
 
 
-def shrunk(x: Tensor, threshold: Tensor) -> Tensor:
+def shrunk(x: Tensor, threshold: Number) -> Tensor:
     """The soft threshold, for a threshold that was checked.
 
     Args:
         x: any shape.
         threshold: broadcasts against x.
     """
-    # A NaN is not below the threshold, and stays.
-    return torch.where(x.abs() < threshold, 0, x - x.sign() * threshold)
+    bounds: Any = (-threshold, threshold)
+    return x - torch.clamp(x, *bounds)
 
 
 def _kept(x: Tensor, threshold: Tensor) -> Tensor:

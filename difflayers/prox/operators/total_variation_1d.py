@@ -2,8 +2,8 @@ r"""Total variation of sequences: the proximal operator, exact.
 
 .. math:: \operatorname{prox}(x) = \arg\min_u \; \tfrac12 \|u - x\|^2 + λ \sum_i w_i |u_{i+1} - u_i|.
 
-With :math:`z_i` the running sum of :math:`u - x`, u is optimal where :math:`|z_i| \le λ w_i`, with :math:`z_i = λ w_i s_i` at a jump of sign
-:math:`s_i`. So on each piece where u is constant,
+With :math:`z_i` the running sum of :math:`u - x`, u is optimal where :math:`|z_i| \le λ w_i`, with :math:`z_i = λ w_i s_i` at a jump of
+sign :math:`s_i`. So on each piece where u is constant,
 
 .. math:: u = \operatorname{mean}(x) + \frac{λ w_r s_r - λ w_l s_l}{\text{length}},
 
@@ -24,12 +24,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...convex.projections.arguments import check_parameter, check_rows
-from ...errors import ShapeError
+from ...convex.projections.arguments import Number, check_rows, status_reported
 from ...implicit.broadcasting import BroadcastingProblem
 from ...implicit.closure import visible_to_modes
 from ...implicit.eager import eager
 from ...implicit.function import ImplicitFunction
+from ...solution import OnFailure, Status
+from .difference_weights import difference_weights
 from .level_cuts import level_cuts
 
 __all__ = ["prox_tv1d"]
@@ -39,7 +40,7 @@ _CERTIFIED = 100.0  # slacks that the optimality conditions may be off by
 
 
 @eager
-def prox_tv1d(x: Tensor, lam: Tensor | float, weights: Tensor | None = None) -> Tensor:
+def prox_tv1d(x: Tensor, lam: Number, weights: Tensor | None = None, *, on_failure: OnFailure = "raise") -> Tensor:
     """The nearest sequence of small total variation: ``argmin_u ½‖u − x‖² + λ Σᵢ wᵢ |uᵢ₊₁ − uᵢ|``.
 
     Differentiable in x, λ and the weights, to any order. Computed in float64 on the CPU, without iterations that have to converge, in
@@ -50,12 +51,14 @@ def prox_tv1d(x: Tensor, lam: Tensor | float, weights: Tensor | None = None) -> 
         x: ``(*batch, n)``.
         lam: λ ≥ 0, a number or ``(*batch,)``; infinite λ gives the mean.
         weights: ``(*batch, n − 1)``, nonnegative, of the differences; None for ones.
+        on_failure: ``"raise"``, ``"nan"`` or ``"warn"`` where λ or a weight is negative, or a row does not pass the check of its optimality
+            conditions, which every row has to; these rows are NaN.
 
     Returns:
-        ``(*batch, n)``. Each row is checked against the optimality conditions; one that fails them, is not finite, or has a
-        negative λ or weight, gives NaN.
+        ``(*batch, n)``. A row that is not finite gives NaN.
 
     Raises:
+        NotConvergedError: λ or a weight is negative somewhere (``on_failure="raise"``).
         ShapeError: shapes or dtypes do not fit.
         ValueError: λ is a negative number.
 
@@ -66,21 +69,12 @@ def prox_tv1d(x: Tensor, lam: Tensor | float, weights: Tensor | None = None) -> 
         tensor([1.1000, 1.1000, 1.1000, 3.0000, 3.0000])
     """
     check_rows(x, "x", at_least=1)
-    if not isinstance(lam, Tensor) and not lam >= 0:
-        raise ValueError(f"lam must not be negative, got {lam}")
-    strength = check_parameter(lam, "lam", x, ()).unsqueeze(-1)
-    gaps = x.shape[-1] - 1
-    w = strength if weights is None else strength * check_parameter(weights, "weights", x, (gaps,))
-    try:
-        batch = torch.broadcast_shapes(x.shape[:-1], w.shape[:-1])
-    except RuntimeError as error:
-        raise ShapeError(
-            f"batch dimensions do not broadcast: x {tuple(x.shape)}, lam {tuple(strength.shape[:-1])}, "
-            f"weights {None if weights is None else tuple(weights.shape)}; for one λ a difference use weights"
-        ) from error
-    t, w = x.to(torch.float64).expand(*batch, -1), w.to(torch.float64).expand(*batch, gaps)
+    batch, w = difference_weights(x, lam, weights, (x.shape[-1] - 1,))
+    t = x.to(torch.float64).expand(*batch, -1)
+    finite = torch.isfinite(t).all(-1)
     operands = visible_to_modes([t.detach(), w.detach()])
     first, signs, certified = ImplicitFunction.apply(_Pieces(len(batch)), t.new_zeros(0), *operands)[1:]
+    status = torch.where(certified | ~finite, int(Status.SOLVED), int(Status.NUMERICAL_ERROR))
     certified = certified.unsqueeze(-1)
     z = torch.where(signs == 0, 0, w) * signs
     t = torch.where(certified, t, 0)
@@ -91,7 +85,8 @@ def prox_tv1d(x: Tensor, lam: Tensor | float, weights: Tensor | None = None) -> 
     length = empty.scatter_add(-1, first, torch.ones_like(t))
     deviation = empty.scatter_add(-1, first, t - base + pull)
     u = base + (deviation / length.clamp(min=1)).gather(-1, first)
-    return torch.where(certified, u, torch.nan).to(x.dtype)
+    u = torch.where(certified, u, torch.nan).to(x.dtype)
+    return status_reported(u, status, torch.zeros_like(u[..., 0]), "prox_tv1d (lam and weights must not be negative)", on_failure)
 
 
 class _Pieces(BroadcastingProblem):

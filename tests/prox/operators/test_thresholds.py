@@ -71,12 +71,13 @@ def test_ties_keep_the_first_entries() -> None:
 
 
 def test_at_the_kinks() -> None:
-    x = torch.tensor([0.0, 1.0, -1.0], dtype=torch.float64)
-    identity = torch.eye(3, dtype=torch.float64)
-    for operator in (soft_threshold, hard_threshold, prox_l0):
-        assert torch.equal(operator(x, 0.0), x)
-        assert torch.equal(jacrev(lambda v: operator(v, 0.0))(x), identity)  # noqa: B023
-    assert torch.equal(jacrev(lambda v: soft_threshold(v, 1.0))(x), torch.diag(torch.tensor([0.0, 1.0, 1.0], dtype=torch.float64)))
+    x = torch.tensor([0.0, 1.0, -1.0, 2.0], dtype=torch.float64)
+    for operator, kept in ((soft_threshold, 0.0), (hard_threshold, 1.0)):
+        assert operator(x, 0.0).tolist() == x.tolist()
+        slopes = jacrev(lambda v: operator(v, 1.0))(x)  # noqa: B023
+        assert torch.equal(slopes, torch.diag(torch.tensor([0.0, kept, kept, 1.0], dtype=torch.float64)))
+    for operator in (hard_threshold, prox_l0):
+        assert torch.equal(jacrev(lambda v: operator(v, 0.0))(x), torch.eye(4, dtype=torch.float64))  # noqa: B023
     assert torch.equal(hard_threshold(x, 1.0), x)
 
 

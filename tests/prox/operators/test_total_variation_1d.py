@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch.autograd import gradcheck, gradgradcheck
 from torch.func import jacrev
 
-from difflayers.errors import ShapeError
+from difflayers.errors import NotConvergedError, ShapeError
 from difflayers.prox.operators import prox_tv1d
 
 
@@ -120,11 +120,16 @@ def test_a_row_that_has_no_answer_is_alone() -> None:
     x[1, 3] = torch.nan
     lam = torch.tensor([0.2, 0.2, -0.2, 0.2], dtype=torch.float64, requires_grad=True)
     x.requires_grad_()
-    u = prox_tv1d(x, lam)
+    with pytest.raises(NotConvergedError, match="negative") as failure:
+        prox_tv1d(x, lam)
+    assert failure.value.indices == [(2,)]
+    u = prox_tv1d(x, lam, on_failure="nan")
     assert torch.isnan(u).all(-1).tolist() == [False, True, True, False]
     slopes = torch.autograd.grad(u[[0, 3]].square().sum(), (x, lam))
     assert all(torch.isfinite(slope).all() for slope in slopes)
     assert torch.equal(u[0], prox_tv1d(x[0], 0.2))
+    with pytest.raises(NotConvergedError):
+        prox_tv1d(x[0], lam[2], -torch.ones(9, dtype=torch.float64))
 
 
 def test_refuses() -> None:
@@ -133,7 +138,7 @@ def test_refuses() -> None:
         prox_tv1d(x, -1.0)
     with pytest.raises(ShapeError, match=r"\(\*batch, 4\)"):
         prox_tv1d(x, 1.0, torch.ones(5))
-    with pytest.raises(ShapeError, match="use weights"):
+    with pytest.raises(ShapeError, match=r"lam must have the shape \(\*batch,\) of x"):
         prox_tv1d(x, torch.ones(4))
     with pytest.raises(ShapeError, match="float64"):
         prox_tv1d(x, torch.ones(3, dtype=torch.float64))
