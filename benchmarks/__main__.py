@@ -10,6 +10,7 @@ from benchmarks import (
     learned_prox,
     maros_meszaros,
     plug_and_play,
+    morphology,
     point_clouds,
     projections,
     prox_operators,
@@ -44,6 +45,7 @@ if __name__ == "__main__":
     transport_peers.main(short=short)
     rebasin.main(short=short)
     point_clouds.main(short=short)
+    morphology.main(short=short)
     learned_prox.main(short=short)
     total_variation.main(short=short)
     plug_and_play.main(short=short)

@@ -14,20 +14,21 @@ tensor([[0.6000, 0.4000, 0.0000]])
 >>> torch.autograd.grad(x[0, 0], y)[0]
 tensor([[ 0.5000, -0.5000,  0.0000]])
 
-======================== ==========================================================================
-``difflayers.convex``    quadratic programs: :class:`QPLayer`, ``solve_qp``; conic programs: ``solve_cone``; problems
-                         written in CVXPY: :class:`CvxpyLayer`; ``projections`` on convex sets: :class:`Projection`
-``difflayers.sorting``   sorting, ranking and top-k that gradients pass through: :class:`SortingNetwork`
-``difflayers.transport`` optimal transport plans at any temperature: :class:`SinkhornLayer`, ``sinkhorn``; sparse ones:
-                         :class:`SparseTransportLayer`, ``sparse_transport``
-``difflayers.rebasin``   trained networks brought together modulo permutations of hidden units: :class:`SinkhornRebasin`
-``difflayers.prox``      proximal ``operators``: :class:`Prox`; networks that are proximal operators: :class:`LearnedProximalNetwork`;
-                         plug-and-play reconstruction: :class:`PlugAndPlay`
-``difflayers.implicit``  the core: ``implicit_root``, ``implicit_fixed_point``, ``custom_root``,
-                         ``linear_solve``, ``conditions``
-``difflayers.solvers``   how a solution is found: batched loops that stop element by element
-``difflayers.errors``    what can go wrong, and what each error carries
-======================== ==========================================================================
+========================= ==========================================================================
+``difflayers.convex``     quadratic programs: :class:`QPLayer`, ``solve_qp``; conic programs: ``solve_cone``; problems
+                          written in CVXPY: :class:`CvxpyLayer`; ``projections`` on convex sets: :class:`Projection`
+``difflayers.sorting``    sorting, ranking and top-k that gradients pass through: :class:`SortingNetwork`
+``difflayers.transport``  optimal transport plans at any temperature: :class:`SinkhornLayer`, ``sinkhorn``; sparse ones:
+                          :class:`SparseTransportLayer`, ``sparse_transport``
+``difflayers.rebasin``    trained networks brought together modulo permutations of hidden units: :class:`SinkhornRebasin`
+``difflayers.prox``       proximal ``operators``: :class:`Prox`; networks that are proximal operators: :class:`LearnedProximalNetwork`;
+                          plug-and-play reconstruction: :class:`PlugAndPlay`
+``difflayers.morphology`` skeletons that gradients can pass through: :class:`Skeletonize`; soft clDice, Betti numbers
+``difflayers.implicit``   the core: ``implicit_root``, ``implicit_fixed_point``, ``custom_root``,
+                          ``linear_solve``, ``conditions``
+``difflayers.solvers``    how a solution is found: batched loops that stop element by element
+``difflayers.errors``     what can go wrong, and what each error carries
+========================= ==========================================================================
 """
 
 from __future__ import annotations
@@ -39,8 +40,9 @@ from . import errors
 from .solution import Solution, Status
 
 if TYPE_CHECKING:
-    from . import convex, implicit, prox, rebasin, solvers, sorting, transport
+    from . import convex, implicit, morphology, prox, rebasin, solvers, sorting, transport
     from .convex import CvxpyLayer, Projection, QPLayer
+    from .morphology import Skeletonize
     from .prox import (
         ConvexGradientNetwork,
         ConvolutionalInputConvexNN,
@@ -71,6 +73,7 @@ __all__ = [
     "QPLayer",
     "SinkhornLayer",
     "SinkhornRebasin",
+    "Skeletonize",
     "Solution",
     "SortingNetwork",
     "SparseTransportLayer",
@@ -79,6 +82,7 @@ __all__ = [
     "convex",
     "errors",
     "implicit",
+    "morphology",
     "prox",
     "rebasin",
     "solvers",
@@ -101,6 +105,7 @@ _FAMILY = {
     "QPLayer": "convex",
     "SinkhornLayer": "transport",
     "SinkhornRebasin": "rebasin",
+    "Skeletonize": "morphology",
     "SortingNetwork": "sorting",
     "SparseTransportLayer": "transport",
 }

@@ -8,6 +8,7 @@ from tests import layers
 from tests.contract import CHECKS, applies
 from tests.layers import Layer
 from tests.layers_cones import CONES
+from tests.layers_morphology import MORPHOLOGY
 from tests.layers_points import POINTS
 from tests.layers_projections import PROJECTIONS
 from tests.layers_prox_learned import PROX_LEARNED
@@ -35,6 +36,7 @@ LAYERS = (
     *UNBALANCED,
     *POINTS,
     *REBASIN,
+    *MORPHOLOGY,
     *PROX_OPERATORS,
     *TOTAL_VARIATION,
     *PROX_NETWORKS,

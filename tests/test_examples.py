@@ -55,6 +55,13 @@ LINES = {
         "all tasks at once" + 3 * " {} ± {}",
         "units that weight matching renames, trained on: ",
     ],
+    "skeletons": [
+        "knot 1 1 0 1 1 0 1 1 0",
+        "pierced ball 1 1 0 1 1 0",
+        "hollow ball 1 0 1 1 0 1",
+        "length of the vessels' skeleton: {} ± {} pixels",
+        "radius along it: median {}",
+    ],
     "sparse_autoencoder": [
         "TopK 32 {} ± {} {} {} {} {}",
         "AbsTopK, 3 steps 128 {} ± {} {} {} {} {} {} {}",
