@@ -1,12 +1,12 @@
 """Learned proximal networks: the pass through the gradient of a convex network, and its inversion, beside the published ways.
 
-1. f = ∇ψ + μ·, forward, and backward of a loss of it into all parameters. Ours writes the gradient out as one pass through the transposed
-   layers; the published way, and that of every input convex network, is ``autograd.grad`` of the potential with ``create_graph=True``.
-   ``torch.func.grad`` is the third. Float32, the widths of the published networks; the error is against ours in float64.
-2. Inversion: f(y) = x for 64 points at once, and with it the prior. Ours is Newton's method with conjugate gradients on the whole batch. The
-   published way takes one point after the other and minimizes ψ(y) + μ/2 ‖y‖² − ⟨x, y⟩ by a method of first order: Adam, and scipy's
-   L-BFGS-B and conjugate gradient. Float64; times beside ‖f(y) − x‖ / ‖x‖, the worst of the points. Adam is shown for as many steps as it is
-   given: it would need many more for the accuracy of the others.
+1. f = ∇ψ + μ·, forward, and backward of a loss of it into all parameters. Ours writes the gradient out as one pass through the
+   transposed layers; the published way, and that of most input convex networks, is ``autograd.grad`` of the potential with
+   ``create_graph=True``; ``torch.func.grad`` is the third. Float32, widths like the published ones; the error is against ours in float64.
+2. Inversion: f(y) = x for 64 points at once, and with it the prior. Ours is Newton's method with conjugate gradients on the whole batch.
+   The published way takes one point after the other and minimizes ψ(y) + μ/2 ‖y‖² − ⟨x, y⟩ by a method of first order: Adam, and scipy's
+   L-BFGS-B and conjugate gradients. Float64; times beside ‖f(y) − x‖ / ‖x‖, the worst of the points. Adam takes as many steps as it is
+   given; it would need many more for the accuracy of the others.
 
 Run as ``python -m benchmarks.learned_prox``; ``--short`` for a smoke run.
 """
@@ -128,7 +128,7 @@ def inversions(short: bool) -> None:
     count = 4 if short else 64
     ways: dict[str, Callable[[LearnedProximalNetwork, Tensor], Tensor]] = {
         "ours": newton,
-        "Adam, 1000 steps": functools.partial(adam, steps=50 if short else 1000),
+        "Adam": functools.partial(adam, steps=50 if short else 1000),
         "L-BFGS-B": functools.partial(by_scipy, method="L-BFGS-B"),
         "CG": functools.partial(by_scipy, method="CG"),
     }

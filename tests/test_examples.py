@@ -55,6 +55,12 @@ LINES = {
         "all tasks at once" + 3 * " {} ± {}",
         "units that weight matching renames, trained on: ",
     ],
+    "digit_prior": [
+        "proximal matching {} dB",
+        "squared error {} dB",
+        "prior, proximal matching {} % {} % {} % {} %",
+        "prior from raw pixels {} % {} % {} % {} %",
+    ],
     "jacobian_descent": ["average {} {} {} × {} × {} {} {} %", "UPGrad {} {} {} × {} × {} {} {} %"],
 }
 SEEDED = (
