@@ -138,7 +138,7 @@ LEVELS = {"noise": [0.0, 0.1, 0.2, 0.3], "blur": [0.0, 0.5, 0.8, 1.1], "mixture"
 matched, squared = matched.double(), squared.double()
 held = test[: options.images].double()
 with torch.no_grad():
-    drawn = matched(held)
+    drawn, drawn_squared = matched(held), squared(held)
 noise = torch.randn(held.shape, generator=torch.Generator().manual_seed(2), dtype=held.dtype)
 
 
@@ -158,7 +158,7 @@ def change(x: Tensor) -> Tensor:
 
 SCORES = {
     "prior, proximal matching": (matched.prior, drawn),
-    "prior, squared error": (squared.prior, drawn),
+    "prior, squared error": (squared.prior, drawn_squared),
     "change by the denoiser": (change, drawn),
     "prior from raw pixels": (matched.prior, held),
 }
