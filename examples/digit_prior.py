@@ -172,6 +172,7 @@ for name, (score, start) in tqdm(SCORES.items(), desc="priors"):
 # %%
 # A score should rise with every step away from the digits: the table has the share of the steps, over all images, in which it does; and
 # the share of pairs of digits half-way between which it is higher than on average of the two.
+# How much the denoiser changes an image ranks about as well; but it is no function that a reconstruction could minimize.
 
 print(f"\nshare of the steps in which a score rises, {options.images} digits held out")
 print(f"{'':24}{'noise':>12}{'blur':>12}{'mixture':>12}{'half-way above ends':>24}")
