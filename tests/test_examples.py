@@ -74,6 +74,11 @@ LINES = {
         "fine-tuning {} ± {} 118282",
     ],
     "laplace_prior": ["squares {} {} {} {}", "absolute values {} {} {} {}", "proximal matching {} {} {} {}"],
+    "digit_prior": [
+        "proximal matching {} dB",
+        "squared error {} dB",
+        "prior, proximal matching {} % {} % {} % {} %",
+        "prior from raw pixels {} % {} % {} % {} %",
     "jacobian_descent": ["average {} {} {} × {} × {} {} {} %", "UPGrad {} {} {} × {} × {} {} {} %"],
 }
 SEEDED = (
