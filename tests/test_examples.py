@@ -66,6 +66,12 @@ LINES = {
         "gate, λ = 0.02 {} ± {}",
         "fine-tuning {} ± {} 118282",
     ],
+    "plug_and_play_imaging": [
+        "deblurring total variation {} {}",
+        "deblurring proximal network {} {}",
+        "compressed sensing ordinary network {} {}",
+        "compressed sensing, proximal network: the last iteration moves the image by",
+    ],
     "jacobian_descent": ["average {} {} {} × {} × {} {} {} %", "UPGrad {} {} {} × {} × {} {} {} %"],
 }
 SEEDED = (
