@@ -99,7 +99,7 @@ def decibels(estimate: Tensor, clean: Tensor) -> Tensor:
 def proximal_network() -> LearnedProximalNetwork:
     torch.manual_seed(0)
     return LearnedProximalNetwork(
-        ConvolutionalInputConvexNN(1, options.filters, strides=(1,), kernel_size=7, beta=30.0, padding_mode="reflect")
+        ConvolutionalInputConvexNN(1, options.filters, strides=(1,), kernel_size=7, beta=30.0, padding_mode="circular")
     )
 
 
@@ -109,8 +109,8 @@ class OrdinaryNetwork(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.analysis = nn.Conv2d(1, options.filters, 7, padding=3, padding_mode="reflect")
-        self.synthesis = nn.Conv2d(options.filters, 1, 7, padding=3, padding_mode="reflect")
+        self.analysis = nn.Conv2d(1, options.filters, 7, padding=3, padding_mode="circular")
+        self.synthesis = nn.Conv2d(options.filters, 1, 7, padding=3, padding_mode="circular")
         nn.init.zeros_(self.synthesis.weight)
 
     def forward(self, x: Tensor, sigma: float | None = None) -> Tensor:
