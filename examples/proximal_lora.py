@@ -194,7 +194,12 @@ for name, task in TASKS.items():
 # %%
 # Where the rank is
 # -----------------
-# @@STORY
+# Nobody told the gates that turned digits are a matter of what the first layer sees; that a turn by 90 degrees needs more than one by 45,
+# and in the second layer, too; and that the last layer can stay as it is. They found it during one training.
+#
+# They do not beat a well chosen fixed rank. For the parameters that are kept, the gated adapters read as well as fixed ranks at 45 degrees,
+# and a little worse at 90: the penalty costs a third of the training, and fixed ranks get the rows of the later layers at a low price. What
+# the gate saves is a search over ranks, layer by layer. It does not save the choice of :math:`\lambda`, which trades accuracy for size.
 
 figure, axes = plt.subplots(1, 3, figsize=(14, 4.3), layout="constrained")
 for panel, name in zip(axes, TASKS, strict=False):
@@ -205,6 +210,8 @@ for panel, name in zip(axes, TASKS, strict=False):
         panel.plot(points[..., 1].mean(1), points[..., 0].mean(1), "o-", color=colour, label=label)
     panel.axhline(sum(run.right for run in results[name, "fine-tuning", 0]) / options.seeds, color="0.4", label="fine-tuning: 118 282")
     panel.set(title=f"digits {name}", xlabel="parameters kept", ylabel="right, % of digits held out", xscale="log")
+    panel.set_xticks([1306 * rank for rank in RANKS], [f"{1306 * rank:,}".replace(",", " ") for rank in RANKS])
+    panel.minorticks_off()
 axes[0].legend(frameon=False, fontsize=9)
 for offset, (name, colour) in enumerate(zip(TASKS, ("tab:orange", "tab:purple"), strict=True)):
     ranks = torch.tensor([run.ranks for run in results[name, "gate", STRENGTHS[-1]]]).float()

@@ -66,6 +66,12 @@ LINES = {
         "gate, λ = 0.02 {} ± {}",
         "fine-tuning {} ± {} 118282",
     ],
+    "learned_regularization": [
+        "blurred {} ± {}",
+        "total variation {} ± {}",
+        "5 steps unrolled {} ± {} {} ± {} {} {}",
+        "fixed point {} ± {} {} ± {} {} {}",
+    ],
     "jacobian_descent": ["average {} {} {} × {} × {} {} {} %", "UPGrad {} {} {} × {} × {} {} {} %"],
 }
 SEEDED = (
@@ -74,6 +80,7 @@ SEEDED = (
     "decision_focused",
     "proximal_lora",
     "sparse_autoencoder",
+    "learned_regularization",
     "learning_to_rank",
     "moe_routing",
     "mpc_learned_cost",
