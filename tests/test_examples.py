@@ -84,6 +84,11 @@ LINES = {
         "deblurring proximal network {} {}",
         "compressed sensing ordinary network {} {}",
         "compressed sensing, proximal network: the last iteration moves the image by",
+    "learned_regularization": [
+        "blurred {} ± {}",
+        "total variation {} ± {}",
+        "5 steps unrolled {} ± {} {} ± {} {} {}",
+        "fixed point {} ± {} {} ± {} {} {}",
     ],
     "jacobian_descent": ["average {} {} {} × {} × {} {} {} %", "UPGrad {} {} {} × {} × {} {} {} %"],
 }
@@ -93,6 +98,7 @@ SEEDED = (
     "decision_focused",
     "proximal_lora",
     "sparse_autoencoder",
+    "learned_regularization",
     "learning_to_rank",
     "moe_routing",
     "mpc_learned_cost",
