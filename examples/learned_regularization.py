@@ -16,7 +16,7 @@ be tuned by hand; here a network reads from :math:`y` one for each pixel and dir
 photograph is known, and the error flows through the fixed point into the network.
 
 There are two ways for it to flow. Autograd can go back through the iterations (unrolling) and keeps all of them for that.
-:class:`~difflayers.prox.PlugAndPlay` differentiates the fixed point and keeps one.
+:class:`~difflayers.PlugAndPlay` differentiates the fixed point and keeps one.
 """
 
 from __future__ import annotations

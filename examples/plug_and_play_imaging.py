@@ -8,7 +8,7 @@ One denoiser, trained once, solves inverse problems that it has never seen: an i
 .. math:: u = \operatorname{prox}_{s f}(x - z), \qquad x = D(u + z), \qquad z \leftarrow z + u - x, \qquad f(x) = \tfrac12 \|A x - y\|^2,
 
 with the denoiser :math:`D` where the proximal operator of a prior would stand. Does this have a fixed point, and is it reached? For any
-network, nobody knows. A :class:`~difflayers.prox.LearnedProximalNetwork` *is* a proximal operator: of a prior that it learned. If its
+network, nobody knows. A :class:`~difflayers.LearnedProximalNetwork` *is* a proximal operator: of a prior that it learned. If its
 slope is nowhere above one, that prior is convex, and the iterations go to the minimizer of :math:`s f` plus this prior.
 
 Below, one such network and an ordinary one with the same filters are trained on patches of photographs. Both, and total variation, then

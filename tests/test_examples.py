@@ -79,11 +79,13 @@ LINES = {
         "squared error {} dB",
         "prior, proximal matching {} % {} % {} % {} %",
         "prior from raw pixels {} % {} % {} % {} %",
+    ],
     "plug_and_play_imaging": [
         "deblurring total variation {} {}",
         "deblurring proximal network {} {}",
         "compressed sensing ordinary network {} {}",
         "compressed sensing, proximal network: the last iteration moves the image by",
+    ],
     "learned_regularization": [
         "blurred {} ± {}",
         "total variation {} ± {}",
