@@ -243,7 +243,15 @@ for i, mode in enumerate(MODES):
 # %%
 # Memory, and what is learned
 # ---------------------------
-# @@STORY
+# What unrolling keeps grows with its steps, and the fixed point keeps what one step needs. Time is the other way round: to solve for the
+# fixed point and its derivative takes three times as long as to go forth and back through 50 steps.
+#
+# A network trained through 5 or 10 steps has learned weights for 5 or 10 steps, and loses by them: it is worse than one tuned weight run
+# to the end. Through 50 steps it has learned nearly the fixed point's. The fixed point gives the best restoration that is what it was
+# trained as, and needs no choice of a depth.
+#
+# As a restoration all of this is modest. In so few steps on a few photographs the network gains a tenth of a decibel over the one weight,
+# and total variation, which couples the directions and has a corner at zero, is ahead by two.
 
 figure, axes = plt.subplots(1, 5, figsize=(16, 3.6), layout="constrained", width_ratios=(1.5, 1.5, 1, 1, 1))
 depths = [mode.how["max_iter"] for mode in UNROLLED]
