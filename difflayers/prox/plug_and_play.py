@@ -44,7 +44,16 @@ _ADVICE = {
 }
 
 
-_DEFAULTS = {"solver": "picard", "backward": "ift", "linear_solver": "auto", "tol": None, "max_iter": None, "on_failure": "raise"}
+_DEFAULTS = {
+    "solver": "picard",
+    "backward": "ift",
+    "linear_solver": "auto",
+    "tol": None,
+    "max_iter": None,
+    "on_failure": "raise",
+    "neumann_terms": 10,
+    "phantom_steps": 5,
+}
 
 
 class PlugAndPlay(nn.Module):
@@ -70,6 +79,8 @@ class PlugAndPlay(nn.Module):
         tol: ‖T(v) − v‖ / ‖v‖ at which an image stops; None for 1e-12 in float64 and 1e-6 in float32.
         max_iter: applications of T; None for 1000, and 100 with "unroll".
         on_failure: what happens to images without a fixed point: ``"raise"``, ``"nan"`` or ``"warn"``.
+        neumann_terms: of the series that "neumann" sums.
+        phantom_steps: of "phantom".
         batch_ndim: how many leading dimensions count images.
 
     Raises:
@@ -106,6 +117,8 @@ class PlugAndPlay(nn.Module):
         tol: float | None = None,
         max_iter: int | None = None,
         on_failure: OnFailure = "raise",
+        neumann_terms: int = 10,
+        phantom_steps: int = 5,
         batch_ndim: int = 1,
     ) -> None:
         super().__init__()
@@ -113,6 +126,7 @@ class PlugAndPlay(nn.Module):
         self.algorithm, self.solver, self.backward, self.linear_solver = algorithm, solver, backward, linear_solver
         self.denoiser, self.prior, self.data_fidelity = denoiser, prior, data_fidelity
         self.tol, self.max_iter, self.on_failure, self.batch_ndim = tol, max_iter, on_failure, batch_ndim
+        self.neumann_terms, self.phantom_steps = neumann_terms, phantom_steps
         for name, value in (("stepsize", stepsize), ("sigma", sigma)):
             if isinstance(value, Tensor):
                 hold(self, name, value)
@@ -161,6 +175,8 @@ class PlugAndPlay(nn.Module):
             batch_ndim=self.batch_ndim,
             tol=self.tol,
             max_iter=max_iter,
+            neumann_terms=self.neumann_terms,
+            phantom_steps=self.phantom_steps,
             on_failure=self.on_failure,
         )
         try:

@@ -366,3 +366,16 @@ def test_our_networks_are_denoisers_and_priors(algorithm: str) -> None:
     (slope,) = torch.autograd.grad((fidelity(x, y) + network.prior(x)).sum(), x)
     assert float(slope.abs().max()) < 1e-8
     assert all(part.any() for part in torch.autograd.grad(as_denoiser.square().sum(), [p for p in network.parameters() if p.numel() > 1]))
+
+
+def test_cheaper_derivatives_come_near_with_their_number_of_terms() -> None:
+    def slope(**options: Any) -> Tensor:
+        y = torch.tensor([[1.0, -0.4, 0.7]], dtype=torch.float64, requires_grad=True)
+        layer = PlugAndPlay("pgd", denoiser=lambda x: 0.6 * torch.tanh(x), data_fidelity=L2(), stepsize=0.3, **options)
+        return torch.autograd.grad(layer(y).sum(), y)[0]
+
+    exact = slope()
+    few, many = (slope(backward="neumann", neumann_terms=terms) for terms in (2, 30))
+    assert (few - exact).abs().max() > 1e-3
+    torch.testing.assert_close(many, exact, rtol=1e-8, atol=1e-8)
+    torch.testing.assert_close(slope(backward="phantom", phantom_steps=80), exact, rtol=1e-8, atol=1e-8)
