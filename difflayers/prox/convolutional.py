@@ -37,6 +37,7 @@ class ConvolutionalInputConvexNN(InputConvex):
         power: of the last layer's values in ψ; 1 for the published form.
         center: is subtracted from the image.
         padding_mode: how an image is continued beyond its border: "zeros" (by ``center``), "circular", "reflect" or "replicate".
+            Only the circular one treats all places alike.
 
     Example:
         >>> import torch

@@ -129,6 +129,13 @@ def test_the_potential_of_a_large_image_is_about_the_sum_of_its_parts() -> None:
     torch.testing.assert_close(network.gradient(tile.roll(3, -1)), network.gradient(tile).roll(3, -1))
 
 
+def test_a_flat_image_on_a_torus_has_a_flat_gradient() -> None:
+    torch.manual_seed(0)
+    network = ConvolutionalInputConvexNN(1, hidden=4, strides=(1, 1), kernel_size=5, padding_mode="circular").double()
+    flat = network.gradient(torch.full((1, 1, 8, 9), 0.3, dtype=torch.float64))
+    assert (flat - flat.mean()).abs().max() <= 1e-13 * flat.abs().max()
+
+
 @pytest.mark.parametrize("mode", ["circular", "reflect", "replicate"])
 def test_padding_modes_are_torchs(mode: str) -> None:
     torch.manual_seed(0)
