@@ -3,8 +3,12 @@ r"""Input convex neural networks: ψ(x), convex in x whatever the weights are.
 .. math:: z_1 = σ(H_1 x + b_1), \qquad z_{k+1} = σ(W_k z_k + H_{k+1} x + b_{k+1}), \qquad ψ(x) = \tfrac12 w^T z_K^2 + c^T x,
 
 with :math:`W_k, w \ge 0` and σ convex, increasing and positive, here the softplus :math:`σ(t) = \log(1 + e^{βt}) / β`. Each z is then
-convex in x, since nonnegative sums and increasing convex functions keep convexity, and so is its square. (The published networks end with
-:math:`w^T z_K`. Their gradient is bounded, a smooth staircase; that of the square grows as x does, and denoisers are learned faster.)
+convex in x, since nonnegative sums and increasing convex functions keep convexity, and so is its square. The published networks end with
+:math:`w^T z_K`. Their gradient is bounded, a smooth staircase; that of the square grows as x does, and denoisers are learned faster. But
+far from the data its slope is what training left there. Where it is more than one, the prior of a
+:class:`~difflayers.LearnedProximalNetwork` is not bounded below, and plug-and-play iterations that get there run away; with
+:math:`w^T z_K` the slope far out is μ.
+
 The gradient takes one pass through the transposed layers,
 
 .. math:: g_K = σ'(a_K) ∘ z_K ∘ w, \qquad g_k = σ'(a_k) ∘ W_k^T g_{k+1}, \qquad ∇ψ(x) = \sum_k H_k^T g_k + c,
