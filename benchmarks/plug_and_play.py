@@ -30,7 +30,7 @@ class Denoiser(nn.Module):
 
     def __init__(self, channels: int = 8) -> None:
         super().__init__()
-        self.weight = nn.Parameter(0.12 * torch.randn(channels, 1, 3, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64))
+        self.weight = nn.Parameter(0.05 * torch.randn(channels, 1, 3, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64))
 
     def forward(self, x: Tensor, sigma: float) -> Tensor:
         """The denoised x."""

@@ -71,7 +71,7 @@ def train(network: nn.Module, digits: Tensor, classes: Tensor, seed: int, rate: 
         loss.backward()
         optimizer.step()
         schedule.step()
-        if gates is not None and step < options.steps // 2:
+        if gates is not None and step < options.steps // 3:
             gates.proximal_step()
 
 
@@ -85,7 +85,7 @@ def accuracy(network: nn.Module, digits: Tensor, classes: Tensor) -> float:
 # The gate
 # --------
 # Both adapters correct all three matrices. The plain one has the same rank in each. The gated one starts with rank 16 everywhere and its
-# gates open. In the first half of the training a proximal gradient step on the gates follows every step of Adam on :math:`A` and
+# gates open. In the first third of the training a proximal gradient step on the gates follows every step of Adam on :math:`A` and
 # :math:`B`; then the gates stay as they are, and the rows that are left go on learning without the penalty, which has bent them.
 
 
@@ -116,7 +116,7 @@ class Adapter(nn.Module):
 class Gates:
     """Proximal gradient steps on the gates of a network, with the same penalty λ for all."""
 
-    RATE = 1.0
+    RATE = 3.0
 
     def __init__(self, adapters: Iterable[Adapter], strength: float) -> None:
         self.gates, self.strength = [adapter.gate.requires_grad_() for adapter in adapters], strength
@@ -137,7 +137,7 @@ def adapted(base: nn.Sequential, rank: int) -> nn.Sequential:
 # ----------
 # Parameters kept are those of the corrections; fine-tuning changes all 118 282 parameters of the network.
 
-RANKS, STRENGTHS, WIDEST = (1, 2, 4, 8, 16), (0.01, 0.02, 0.04), 16
+RANKS, STRENGTHS, WIDEST = (1, 2, 4, 8, 16), (0.01, 0.015, 0.02), 16
 TASKS = {f"turned by {degrees}°": turned(degrees) for degrees in (45, 90)}
 
 
@@ -194,7 +194,12 @@ for name, task in TASKS.items():
 # %%
 # Where the rank is
 # -----------------
-# @@STORY
+# Nobody told the gates that turned digits are a matter of what the first layer sees; that a turn by 90 degrees needs more than one by 45,
+# and in the second layer, too; and that the last layer can stay as it is. They found it during one training.
+#
+# They do not beat a well chosen fixed rank. For the parameters that are kept, the gated adapters read as well as fixed ranks at 45 degrees,
+# and a little worse at 90: the penalty costs a third of the training, and fixed ranks get the rows of the later layers at a low price. What
+# the gate saves is a search over ranks, layer by layer. It does not save the choice of :math:`\lambda`, which trades accuracy for size.
 
 figure, axes = plt.subplots(1, 3, figsize=(14, 4.3), layout="constrained")
 for panel, name in zip(axes, TASKS, strict=False):
@@ -205,12 +210,14 @@ for panel, name in zip(axes, TASKS, strict=False):
         panel.plot(points[..., 1].mean(1), points[..., 0].mean(1), "o-", color=colour, label=label)
     panel.axhline(sum(run.right for run in results[name, "fine-tuning", 0]) / options.seeds, color="0.4", label="fine-tuning: 118 282")
     panel.set(title=f"digits {name}", xlabel="parameters kept", ylabel="right, % of digits held out", xscale="log")
+    panel.set_xticks([1306 * rank for rank in RANKS], [f"{1306 * rank:,}".replace(",", " ") for rank in RANKS])
+    panel.minorticks_off()
 axes[0].legend(frameon=False, fontsize=9)
 for offset, (name, colour) in enumerate(zip(TASKS, ("tab:orange", "tab:purple"), strict=True)):
-    ranks = torch.tensor([run.ranks for run in results[name, "gate", STRENGTHS[1]]]).float()
+    ranks = torch.tensor([run.ranks for run in results[name, "gate", STRENGTHS[-1]]]).float()
     axes[2].bar(torch.arange(3) + 0.4 * offset - 0.2, ranks.mean(0), width=0.38, color=colour, label=name)
 axes[2].set_xticks(range(3), ["784 → 128", "128 → 128", "128 → 10"])
-axes[2].set(title=f"open gates of 16 a layer, λ = {STRENGTHS[1]}", ylabel="rank")
+axes[2].set(title=f"open gates of 16 a layer, λ = {STRENGTHS[-1]}", ylabel="rank")
 axes[2].legend(frameon=False, fontsize=9)
 
 here = Path(__file__).parent if "__file__" in globals() else Path.cwd()

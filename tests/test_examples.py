@@ -81,6 +81,24 @@ LINES = {
         "fine-tuning {} ± {} 118282",
     ],
     "laplace_prior": ["squares {} {} {} {}", "absolute values {} {} {} {}", "proximal matching {} {} {} {}"],
+    "digit_prior": [
+        "proximal matching {} dB",
+        "squared error {} dB",
+        "prior, proximal matching {} % {} % {} % {} %",
+        "prior from raw pixels {} % {} % {} % {} %",
+    ],
+    "plug_and_play_imaging": [
+        "deblurring total variation {} {}",
+        "deblurring proximal network {} {}",
+        "compressed sensing ordinary network {} {}",
+        "compressed sensing, proximal network: the last iteration moves the image by",
+    ],
+    "learned_regularization": [
+        "blurred {} ± {}",
+        "total variation {} ± {}",
+        "5 steps unrolled {} ± {} {} ± {} {} {}",
+        "fixed point {} ± {} {} ± {} {} {}",
+    ],
     "jacobian_descent": ["average {} {} {} × {} × {} {} {} %", "UPGrad {} {} {} × {} × {} {} {} %"],
 }
 SEEDED = (
@@ -89,6 +107,7 @@ SEEDED = (
     "decision_focused",
     "proximal_lora",
     "sparse_autoencoder",
+    "learned_regularization",
     "learning_to_rank",
     "moe_routing",
     "mpc_learned_cost",

@@ -1,7 +1,7 @@
-"""Small handwritten digits, 8 × 8 with pixels in [0, 1]: what a learned proximal network removes of noise, and reconstructs by plug-and-play.
+"""Digits of 8 × 8 pixels in [0, 1]: what a learned proximal network removes of noise, and reconstructs by plug-and-play.
 
-The figures of the method, with the network trained here: 1437 digits to learn from, 360 held out, both drawn anew for each seed. Noise of
-σ = 0.2 is 14.0 dB. PSNR is the mean over the digits held out of each one's own. Compressed sensing: 32 noiseless measurements of each of the
+The figures of the method, with the network trained here: 1437 digits to learn from, 360 held out, both drawn anew for each seed. Noise
+of σ = 0.2 is 14.0 dB. PSNR is the mean over the digits held out of each one's own. Compressed sensing: 32 noiseless measurements of the
 64 pixels by orthonormal random rows, drawn anew for each seed, and ADMM in float64.
 """
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from difflayers.errors import ConvergenceWarning, NotConvergedError, ShapeError
-from difflayers.prox import L2, Blur, LinearOperator, Mask, MatrixOperator, PlugAndPlay
+from difflayers.prox import L2, Blur, ConvexGradientNetwork, LinearOperator, Mask, MatrixOperator, PlugAndPlay
 from difflayers.solution import Status
 from tests.reference import relative_error
 
@@ -350,3 +350,19 @@ def test_it_says_what_it_is() -> None:
     assert "kernel: (2, 3), boundary='circular'" in repr(layer)
     assert "weight=1.1" in repr(layer)
     assert "sigma" not in repr(PlugAndPlay("pgd", torch.tanh, L2(LinearOperator(torch.neg, torch.neg))))
+
+
+@pytest.mark.parametrize("algorithm", ["pgd", "admm"])
+def test_our_networks_are_denoisers_and_priors(algorithm: str) -> None:
+    torch.manual_seed(0)
+    network = ConvexGradientNetwork(4, hidden=3, strong_convexity=0.2, lipschitz=0.9).double()
+    y = randn(2, 4)
+    fidelity = L2(MatrixOperator(0.5 * torch.eye(4).double()))
+    as_denoiser = PlugAndPlay(algorithm, network, fidelity, stepsize=1.0)(y)
+    as_prior = PlugAndPlay(algorithm, prior=network, data_fidelity=fidelity, stepsize=1.0)(y)
+    torch.testing.assert_close(as_prior, as_denoiser)
+    # What it stops at minimizes ‖x/2 − y‖²/2 + R(x), with the prior that the network is the proximal operator of.
+    x = as_prior.detach().requires_grad_()
+    (slope,) = torch.autograd.grad((fidelity(x, y) + network.prior(x)).sum(), x)
+    assert float(slope.abs().max()) < 1e-8
+    assert all(part.any() for part in torch.autograd.grad(as_denoiser.square().sum(), [p for p in network.parameters() if p.numel() > 1]))
