@@ -209,11 +209,11 @@ for (name, smoothness), grid in maps.items():
 #
 # Descending through exact skeletons gets closest at every λ, with these ten pairs and with those twenty, and most so in the 95 % quantile.
 # By how much is less sure: the means differ by about their standard errors, and with twenty pairs it folds more than the others. Where it
-# folds alike there, at λ = 3 beside their 1, it is ahead by a tenth of a pixel in the mean, and by half a pixel and more in the quantile.
+# folds about as much there, at λ = 3 beside their 1, it is ahead by a tenth of a pixel in the mean, and by 0.4 and more in the quantile.
 # Images find most of the overlap that they are asked for, but leave ends of strokes behind. Soft skeletons are better than images with
-# twenty pairs, and worse with ten. Peeling once comes second or nearly so, and costs no more than images do: for a registration alone, begin
-# with that. The gradient is needed where the image that is peeled is made by a network. A loop that a thick pen has filled is opened by none
-# of them: a deformation keeps the topology, too.
+# twenty pairs, and worse with ten. Peeling once comes second or nearly so, and costs no more than images do: for a registration
+# alone, begin with that. The gradient is needed where the image that is peeled is made by a network. A loop that a thick pen has
+# filled is opened by none of them: a deformation keeps the topology, too.
 
 shown = range(0, len(moving), max(len(moving) // 5, 1))
 figure, axes = plt.subplots(len(shown), 2 + len(METHODS), figsize=(2 * (2 + len(METHODS)), 2.1 * len(shown)), layout="constrained")
