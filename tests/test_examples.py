@@ -62,6 +62,13 @@ LINES = {
         "length of the vessels' skeleton: {} ± {} pixels",
         "radius along it: median {}",
     ],
+    "skeleton_registration": [
+        "not moved {} ± {} {} {} {}",
+        "images 1.0 {} ± {} {} {} {}",
+        "soft skeletons 1.0 {} ± {} {} {} {}",
+        "skeleton, once 1.0 {} ± {} {} {} {}",
+        "skeletons 1.0 {} ± {} {} {} {}",
+    ],
     "sparse_autoencoder": [
         "TopK 32 {} ± {} {} {} {} {}",
         "AbsTopK, 3 steps 128 {} ± {} {} {} {} {} {} {}",
