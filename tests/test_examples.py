@@ -62,6 +62,13 @@ LINES = {
         "length of the vessels' skeleton: {} ± {} pixels",
         "radius along it: median {}",
     ],
+    "vessel_segmentation": [
+        "before {} ± {} {} ± {} {} ± {} {} ± {}",
+        "soft clDice, α = {} {} ± {} {} ± {} {} ± {} {} ± {}",
+        "clDice, mask, α = {} {} ± {} {} ± {} {} ± {} {} ± {}",
+        "clDice, reference − Dice {} ± {} {} ± {} {} ± {} {} ± {}",
+        "skeleton recall − Dice {} ± {} {} ± {} {} ± {} {} ± {}",
+    ],
     "sparse_autoencoder": [
         "TopK 32 {} ± {} {} {} {} {}",
         "AbsTopK, 3 steps 128 {} ± {} {} {} {} {} {} {}",
@@ -87,6 +94,7 @@ SEEDED = (
     "mpc_learned_cost",
     "topk_classification",
     "transport_map",
+    "vessel_segmentation",
 )
 OPTIONS = {name: ["--seeds", "1"] for name in SEEDED}
 
