@@ -38,8 +38,8 @@ from tqdm.auto import tqdm
 from difflayers.morphology import Skeletonize, SkeletonRecallLoss, SoftCLDiceLoss, betti_numbers, cldice_score
 
 parser = argparse.ArgumentParser(description="Vessels of a retina: Dice against losses on skeletons.")
-parser.add_argument("--steps", type=int, default=300, help="training steps with Dice, of the network from which every loss goes on")
-parser.add_argument("--fine", type=int, default=60, help="steps with each loss")
+parser.add_argument("--steps", type=int, default=200, help="training steps with Dice, of the network from which every loss goes on")
+parser.add_argument("--fine", type=int, default=40, help="steps with each loss")
 parser.add_argument("--seeds", type=int, default=4, help="repetitions: another quarter held out, other noise, crops and networks")
 parser.add_argument("--alphas", type=float, nargs="+", default=[0.2, 0.5], help="weights of the term on skeletons to choose from")
 parser.add_argument("--noise", type=float, default=0.04, help="standard deviation of the noise; grey values are in [0, 1]")
@@ -53,7 +53,7 @@ torch.set_num_threads(1)  # the network is small: more threads would only wait f
 # The photograph
 # --------------
 # Vessels are dark ridges of the green channel: the strongest 5 % of the disc, and what hangs together with them among the strongest 12 %.
-# What is left of the illumination, a local average, is taken off.
+# The illumination, an average over 31 × 31 pixels, is taken off, and what is outside the disc is zero.
 
 SIZE, HALF, CROP, BATCH, TILE = 448, 224, 64, 4, 56
 clean = measure.block_reduce(data.retina()[33:1377, 33:1377, 1] / 255.0, (3, 3), np.mean)
@@ -63,15 +63,16 @@ ridges = filters.sato(clean, sigmas=(1, 1.5, 2), black_ridges=True) * disc
 pieces = measure.label(filters.apply_hysteresis_threshold(ridges, *np.quantile(ridges[disc], [0.88, 0.95])), connectivity=2)
 large = np.bincount(pieces.ravel()) > 40
 large[0] = False  # the background
-photograph, label = (torch.from_numpy(np.float32(image))[None, None] for image in (clean, large[pieces]))
-photograph = photograph - functional.avg_pool2d(photograph, 31, stride=1, padding=15, count_include_pad=False)
-contrast = photograph[..., torch.from_numpy(disc)].std()
-pair = torch.cat([(photograph / contrast).clamp(-5, 5), label], 1)
+inside, photograph, label = (torch.from_numpy(np.float32(image))[None, None] for image in (disc, clean, large[pieces]))
+near, bright = (functional.avg_pool2d(image, 31, stride=1, padding=15) for image in (inside, inside * photograph))
+photograph = inside * (photograph - bright / near.clamp(min=1e-6))
+contrast = photograph[inside > 0].std()
+scene = torch.cat([photograph / contrast, inside, label], 1)
 
 
-def spoil(image: Tensor, generator: torch.Generator) -> Tensor:
-    """With noise."""
-    return image + options.noise / contrast * torch.randn(image.shape, generator=generator)
+def spoil(image: Tensor, inside: Tensor, generator: torch.Generator) -> Tensor:
+    """With noise within the disc."""
+    return image + options.noise / contrast * inside * torch.randn(image.shape, generator=generator)
 
 
 def crops(half: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -80,10 +81,10 @@ def crops(half: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     while len(chosen) < BATCH:
         top, left, turn, mirror = (int(torch.randint(n, (), generator=generator)) for n in (HALF - CROP + 1, SIZE - CROP + 1, 4, 2))
         crop = half[..., top : top + CROP, left : left + CROP].rot90(turn, (2, 3))
-        if crop[:, 1].sum() >= CROP:
+        if crop[:, 2].sum() >= CROP:
             chosen.append(crop.flip(3) if mirror else crop)
-    image, target = torch.cat(chosen).split(1, 1)
-    return spoil(image, generator), target
+    image, inside, target = torch.cat(chosen).split(1, 1)
+    return spoil(image, inside, generator), target
 
 
 # %%
@@ -166,8 +167,8 @@ def train(network: nn.Module, loss_fn: Loss, half: Tensor, steps: int, rate: flo
 @torch.no_grad()
 def judge(network: nn.Module, quarter: Tensor) -> tuple[Tensor, Tensor]:
     """Dice, clDice and both Betti errors under three draws of the noise, and what was found."""
-    image, truth = (part.expand(3, -1, -1, -1) for part in quarter.split(1, 1))
-    found = (network(spoil(image, torch.Generator().manual_seed(10_000))) > 0).float()
+    image, inside, truth = quarter.expand(3, -1, -1, -1).split(1, 1)
+    found = (network(spoil(image, inside, torch.Generator().manual_seed(10_000))) > 0).float()
     here, there = (mask.unfold(2, TILE, TILE).unfold(3, TILE, TILE).reshape(-1, 1, TILE, TILE) for mask in (found, truth))
     errors = (betti_numbers(here) - betti_numbers(there)).abs().float().mean((0, 1))
     dice = 2 * (found * truth).sum() / (found.sum() + truth.sum())
@@ -177,7 +178,7 @@ def judge(network: nn.Module, quarter: Tensor) -> tuple[Tensor, Tensor]:
 before, validation, test, pictures = [], [], [], {}
 with tqdm(total=options.seeds * (options.steps + len(LOSSES) * options.fine)) as bar:
     for seed in range(options.seeds):
-        turned = pair.rot90(seed, (2, 3))
+        turned = scene.rot90(seed, (2, 3))
         half, below = turned.split(HALF, 2)
         tuning, last = below.split(HALF, 3)
         torch.manual_seed(seed)
@@ -222,9 +223,9 @@ for name, key in best.items():
 # What the networks found
 # -----------------------
 
-truth = last[0, 1]
+truth = last[0, 2]
 figure, axes = plt.subplots(2, 3, figsize=(13, 9), layout="constrained")
-axes.flat[0].imshow(spoil(last[0, 0], torch.Generator().manual_seed(10_000)).numpy(), cmap="gray")
+axes.flat[0].imshow(spoil(last[0, 0], last[0, 1], torch.Generator().manual_seed(10_000)).numpy(), cmap="gray")
 axes.flat[0].set_title("what the networks see", fontsize=10)
 for panel, (name, key) in zip(axes.flat[1:], best.items(), strict=True):
     mask = pictures[key]
