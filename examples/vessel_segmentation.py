@@ -226,7 +226,8 @@ for name, key in best.items():
 # error. Soft clDice is not told from Dice. With exact skeletons Dice and clDice fall a little, more with the gradient of a mask, and there
 # are fewer wrong components, by less than two standard errors: specks go, and the ends of thin branches with them. Skeleton recall, whose
 # term has no price for too much, goes the other way: it follows thin branches further, so that clDice rises, and finds branches and
-# specks where the label has none. With more steps, ``--steps 300 --fine 60``, all losses get better, and still none is best at everything.
+# specks where the label has none. With more steps, ``--steps 300 --fine 60``, Dice and clDice rise for all losses, and still none is best
+# at everything.
 #
 # These are short runs of a small network on one photograph, whose label is that of a filter: it cuts branches where they get faint, and
 # there it is no error of a network to go on. The noise hides the faintest, which no loss brings back. So the table is no judgement on these
