@@ -68,6 +68,12 @@ LINES = {
         "soft skeletons 1.0 {} ± {} {} {} {}",
         "skeleton, once 1.0 {} ± {} {} {} {}",
         "skeletons 1.0 {} ± {} {} {} {}",
+    "vessel_segmentation": [
+        "before {} ± {} {} ± {} {} ± {} {} ± {}",
+        "soft clDice, α = {} {} ± {} {} ± {} {} ± {} {} ± {}",
+        "clDice, mask, α = {} {} ± {} {} ± {} {} ± {} {} ± {}",
+        "clDice, reference − Dice {} ± {} {} ± {} {} ± {} {} ± {}",
+        "skeleton recall − Dice {} ± {} {} ± {} {} ± {} {} ± {}",
     ],
     "sparse_autoencoder": [
         "TopK 32 {} ± {} {} {} {} {}",
@@ -113,6 +119,7 @@ SEEDED = (
     "mpc_learned_cost",
     "topk_classification",
     "transport_map",
+    "vessel_segmentation",
 )
 OPTIONS = {name: ["--seeds", "1"] for name in SEEDED}
 
