@@ -68,6 +68,7 @@ LINES = {
         "soft skeletons 1.0 {} ± {} {} {} {}",
         "skeleton, once 1.0 {} ± {} {} {} {}",
         "skeletons 1.0 {} ± {} {} {} {}",
+    ],
     "vessel_segmentation": [
         "before {} ± {} {} ± {} {} ± {} {} ± {}",
         "soft clDice, α = {} {} ± {} {} ± {} {} ± {} {} ± {}",
