@@ -8,7 +8,7 @@ median. The third loss, proximal matching (Fang, Buchanan and Sulam 2024, arXiv:
 
 .. math:: f(y) = \arg\max_x \; p(x \mid y) = \arg\min_x \; |x| + \tfrac12 (x - y)^2 .
 
-That is a proximal operator: of the absolute value, so f is the soft threshold, max(|y| − 1, 0) with the sign of y.
+That is a proximal operator: of the absolute value, so f is the soft threshold, :math:`\max(|y| - 1, 0)` with the sign of y.
 
 The network is a :class:`~difflayers.LearnedProximalNetwork`, the gradient of a convex function. Such a network is the proximal
 operator of *some* function R, whatever the loss was, and R can be computed from it. Trained by proximal matching it should be −log p,

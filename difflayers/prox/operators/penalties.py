@@ -29,9 +29,9 @@ __all__ = ["prox_log", "prox_lp"]
 
 
 def prox_log(x: Tensor, lam: Number, epsilon: Number = 1.0, *, on_failure: OnFailure = "raise") -> Tensor:
-    """The proximal operator of λ Σ log(1 + |xᵢ|/ε).
+    r"""The proximal operator of :math:`λ \sum_i \log(1 + |x_i|/ε)`.
 
-    The penalty is λ|x|/ε near zero and hardly grows far out, where entries are shrunk by λ/(|x| + ε) only. It is not convex: the global
+    The penalty is :math:`λ|x|/ε` near zero and hardly grows far out, where entries are shrunk by :math:`λ/(|x| + ε)` only. Not convex: the global
     minimizer is returned, and where two are equally good, at the jump, the one that is not zero. Computed in float64.
 
     Args:
@@ -79,7 +79,7 @@ def prox_log(x: Tensor, lam: Number, epsilon: Number = 1.0, *, on_failure: OnFai
 
 @eager
 def prox_lp(x: Tensor, lam: Number, p: Number, *, on_failure: OnFailure = "raise") -> Tensor:
-    """The proximal operator of λ Σ |xᵢ|^p, for any p > 0.
+    r"""The proximal operator of :math:`λ \sum_i |x_i|^p`, for any p > 0.
 
     For p < 1 it is not convex: the global minimizer is returned, and where two are equally good, at the jump, the one that is not zero.
     p = 1 is the soft threshold. Differentiable in x, λ and p; computed in float64. For p = 0 see :func:`prox_l0`.

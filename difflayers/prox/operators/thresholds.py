@@ -30,7 +30,7 @@ __all__ = ["firm_threshold", "hard_threshold", "prox_l0", "shrunk", "soft_thresh
 
 
 def soft_threshold(x: Tensor, lam: Number, *, on_failure: OnFailure = "raise") -> Tensor:
-    """The proximal operator of λ‖x‖₁: every entry moves towards zero by λ. At |x| = λ the derivative is zero.
+    """The proximal operator of λ‖x‖₁: every entry moves towards zero by λ. Entries of the size λ have the derivative zero.
 
     Args:
         x: any shape.
