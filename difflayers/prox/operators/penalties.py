@@ -31,8 +31,8 @@ __all__ = ["prox_log", "prox_lp"]
 def prox_log(x: Tensor, lam: Number, epsilon: Number = 1.0, *, on_failure: OnFailure = "raise") -> Tensor:
     r"""The proximal operator of :math:`λ \sum_i \log(1 + |x_i|/ε)`.
 
-    The penalty is :math:`λ|x|/ε` near zero and hardly grows far out, where entries are shrunk by :math:`λ/(|x| + ε)` only. Not convex: the global
-    minimizer is returned, and where two are equally good, at the jump, the one that is not zero. Computed in float64.
+    The penalty is :math:`λ|x|/ε` near zero and hardly grows far out, where entries are shrunk by :math:`λ/(|x| + ε)` only. Not convex: the
+    global minimizer is returned, and where two are equally good, at the jump, the one that is not zero. Computed in float64.
 
     Args:
         x: any shape.
