@@ -48,7 +48,7 @@ parser.add_argument("--steps", type=int, default=400, help="training steps of ea
 parser.add_argument("--filters", type=int, default=32, help="filters of each network, a multiple of 4")
 parser.add_argument("--crops", type=int, default=4, help="pieces of each unseen photograph to judge by")
 options, _ = parser.parse_known_args()
-ITERATIONS, WEIGHTS = 120, (2.0, 4.0, 8.0, 16.0, 32.0)
+ITERATIONS, WEIGHTS = 120, (4.0, 8.0, 16.0, 32.0, 64.0)
 if os.environ.get("DIFFLAYERS_SHORT") == "1":
     options.steps, options.crops, ITERATIONS, WEIGHTS = 20, 1, 8, (4.0, 16.0)
     print("DIFFLAYERS_SHORT=1: 20 training steps, to see that everything runs; the numbers mean nothing")
@@ -175,7 +175,7 @@ class OrdinaryNetwork(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         start = RidgePotential()
-        raw: Tensor = start.parametrizations.filters.original.detach()
+        raw = start.get_parameter("parametrizations.filters.original").detach()
         raw = raw - raw.mean((-1, -2), keepdim=True)
         self.analysis, self.synthesis = nn.Parameter(raw.clone()), nn.Parameter(raw.clone())
         self.scale = float(
@@ -191,7 +191,8 @@ class OrdinaryNetwork(nn.Module):
 # %%
 # Training
 # --------
-# Noise of standard deviation 0.03 is removed from patches, in the sense of least squares. Both networks start as the same function.
+# Noise of standard deviation 0.03 is removed from patches, in the sense of least squares. Both networks start as the same function, and
+# end as equally good denoisers. The slope of the ordinary one has left the interval, though: at photographs already it is above one.
 
 
 def train(network: nn.Module, label: str) -> nn.Module:
@@ -218,7 +219,7 @@ ordinary = train(OrdinaryNetwork(), "ordinary network")
 
 
 class TotalVariation:
-    """Its proximal operator, found by iterations that start where those of the call before ended."""
+    """Its proximal operator to a duality gap of 1e-4, by iterations that start where those of the call before ended."""
 
     last = None
 
@@ -236,9 +237,9 @@ denoisers: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def largest_slope(network: Callable[[Tensor], Tensor], x: Tensor) -> float:
-    """The largest singular value of the Jacobian at x, by power iteration."""
+    """The largest singular value of the Jacobian at x, from below, by power iteration."""
     direction = torch.randn(x.shape, generator=torch.Generator().manual_seed(8))
-    _, pullback = torch.func.vjp(network, x)
+    pullback = torch.func.vjp(network, x)[1]
     for _ in range(40):
         direction = direction / direction.norm()
         image = torch.func.jvp(network, (x,), (direction,))[1]
@@ -248,7 +249,7 @@ def largest_slope(network: Callable[[Tensor], Tensor], x: Tensor) -> float:
 
 judged_at = draw(unseen, 20, PATCH, torch.Generator().manual_seed(9))
 noisy = judged_at + SIGMA * torch.randn(judged_at.shape, generator=torch.Generator().manual_seed(10))
-print(f"\n{'':18}removes noise, dB  largest slope\n{'noisy':18}{decibels(noisy, judged_at).mean():17.2f}")
+print(f"\n{'':18}removes noise, dB  a slope of\n{'noisy':18}{decibels(noisy, judged_at).mean():17.2f}")
 for name, network in (("ordinary network", ordinary), ("proximal network", proximal)):
     slope = max(largest_slope(network, x[None]) for x in judged_at[:4])
     print(f"{name:18}{decibels(network(noisy), judged_at).mean():17.2f}  {slope:13.4f}")
@@ -286,7 +287,8 @@ def reconstruct(operator: nn.Module, denoiser: Callable[[Tensor], Tensor], weigh
 # Tuning and judging
 # ------------------
 # Each method has one number to be tuned, the weight :math:`s` of the measurements against the prior: by the same grid, on the same
-# photographs that the networks have learned from.
+# photographs that the networks have learned from. A large :math:`s` is as good as another in compressed sensing, as the measurements are
+# then met almost exactly: the smallest of those within 0.02 dB of the best is taken. The tolerance is 1e-3 for tuning, and then 3e-4.
 
 tuning = draw(seen, 3, SIZE, torch.Generator().manual_seed(3))
 clean = draw(unseen, options.crops * len(unseen), SIZE, torch.Generator().manual_seed(4))
@@ -298,20 +300,27 @@ for problem, operator in problems.items():
     for name, denoiser in denoisers.items():
         grid = tqdm(WEIGHTS, desc=f"{problem}, {name}", leave=False)
         gains = torch.stack([decibels(reconstruct(operator, denoiser, s, y_tuning, 1e-3).x, tuning).nan_to_num(-99).mean() for s in grid])
-        best[problem, name] = WEIGHTS[int(gains.argmax())]
+        best[problem, name] = WEIGHTS[int((gains > gains.max() - 0.02).nonzero()[0])]
         found = reconstruct(operator, denoiser, best[problem, name], y, 3e-4)
         results[problem, name] = found.x
-        gain = decibels(found.x, clean) - decibels(results[problem, "total variation"], clean)
+        quality = decibels(found.x, clean)
+        gain = quality - decibels(results[problem, "total variation"], clean)
         solved = (found.status == Status.SOLVED).sum()
         print(
-            f"{problem:20}{name:18}{decibels(found.x, clean).mean():7.2f}  {gain.mean():+10.2f}  {(gain > 0).sum():3} of {len(clean):2}  {best[problem, name]:6.0f}"
-            f"  {solved:3} of {len(clean):2}  {found.iterations.float().mean():10.1f}"
+            f"{problem:20}{name:18}{quality.mean():7.2f}  {gain.mean():+10.2f}  {(gain > 0).sum():3} of {len(clean):2}"
+            f"  {best[problem, name]:6.0f}  {solved:3} of {len(clean):2}  {found.iterations.float().mean():10.1f}"
         )
 
 # %%
 # Does it converge?
 # -----------------
-# One image, many more iterations, and how far each moves the image. A hook on the denoiser sees all of them.
+# One image, and how far each iteration moves it. A hook on the denoiser sees all of them.
+#
+# Both networks gain on total variation in deblurring, by 0.2 to 0.3 dB and in most images. In compressed sensing they are about even
+# with it, half of the images being better and half of them worse: total variation is the better prior where a picture is flat. What does
+# the theory buy? No decibels here; the ordinary network is as good as the other, and its iterations converge, too. But that was to be
+# seen, in these problems and for these weights, and nothing follows for the next ones. Of the proximal network it is known before it is
+# trained, for any :math:`A` and any :math:`s`, and so is what the iterations minimize.
 
 
 def movements(problem: str, name: str, y: Tensor, count: int) -> list[float]:
