@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
 from difflayers.errors import ShapeError
-from difflayers.prox import Blur, LinearOperator, Mask, MatrixOperator, adjoint_error, squared_norm
+from difflayers.prox import L2, Blur, LinearOperator, Mask, MatrixOperator, PlugAndPlay, adjoint_error, squared_norm
+from difflayers.prox.operators import prox_tv2d
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -165,3 +167,28 @@ def test_another_matrix_is_not_answered_with_the_factors_of_the_first() -> None:
     operator.matrix = other
     (slope,) = torch.autograd.grad(operator.prox_l2(z, y, 1.0).sum(), other)
     assert slope.abs().max() > 0
+
+
+@pytest.mark.slow
+def test_radons_transform_of_scikit_image_as_a_pair_of_products() -> None:
+    transform = pytest.importorskip("skimage.transform")
+    data = pytest.importorskip("skimage.data")
+    size, angles = 32, np.arange(0, 180, 18)
+    pixels = np.eye(size**2).reshape(-1, size, size)
+    columns = [transform.radon(pixel, angles, circle=False).ravel() for pixel in pixels]
+    matrix = torch.tensor(np.stack(columns, 1), dtype=torch.float64).to_sparse()
+    tomograph = LinearOperator(
+        lambda x: (matrix @ x.flatten(1).mT).mT,
+        lambda y: (matrix.mT @ y.mT).mT.reshape(-1, 1, size, size),
+    )
+    clean = transform.resize(data.shepp_logan_phantom(), (size, size), anti_aliasing=True)
+    image = torch.from_numpy(clean)[None, None]
+    assert adjoint_error(tomograph, image) <= 1e-13
+
+    y = tomograph.A(image)
+    torch.testing.assert_close(y, torch.from_numpy(transform.radon(clean, angles, circle=False).reshape(1, -1)))
+    step = 1 / squared_norm(tomograph, image)
+    layer = PlugAndPlay("fista", lambda x: prox_tv2d(x[:, 0], 1e-3, tol=1e-6)[:, None], L2(tomograph), step, tol=2e-4)
+    filtered = transform.iradon(y.reshape(-1, len(angles)).numpy(), angles, circle=False, output_size=size)
+    found = layer(y)
+    assert (found - image).square().mean() < 0.5 * np.square(filtered - clean).mean()
