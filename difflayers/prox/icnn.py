@@ -23,6 +23,7 @@ Reference: Amos, Xu and Kolter, Input convex neural networks, ICML 2017, arXiv:1
 
 from __future__ import annotations
 
+import abc
 from collections.abc import Sequence
 from typing import Any
 
@@ -36,7 +37,7 @@ from .nonnegative import NonNegativeLinear
 __all__ = ["InputConvex", "InputConvexNN"]
 
 
-class InputConvex(nn.Module):
+class InputConvex(nn.Module, abc.ABC):
     """The recursion, for layers of any kind.
 
     Args:
@@ -144,22 +145,25 @@ class InputConvex(nn.Module):
         """What all of them have."""
         return f"beta={self.beta}, power={self.power}, center={self.center}"
 
+    @abc.abstractmethod
     def _check(self, x: Tensor) -> None:
-        raise NotImplementedError
+        """Refuse an x of the wrong shape."""
 
+    @abc.abstractmethod
     def _applied(self, layer: Any, z: Tensor, weight: Tensor | None = None) -> Tensor:
         """The layer, with its own weight or the one that is given."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def _transposed(self, layer: Any, cotangent: Tensor, like: Tensor, weight: Tensor | None = None) -> Tensor:
         """The layer's transpose; ``like`` has the shape of what the layer takes."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def _sum(self, z: Tensor, weight: Tensor) -> Tensor:
-        raise NotImplementedError
+        """The readout of z, weighted by channel."""
 
+    @abc.abstractmethod
     def _spread(self, weight: Tensor) -> Tensor:
-        raise NotImplementedError
+        """The weight of the channels with dimensions behind it so that it broadcasts against z."""
 
 
 class InputConvexNN(InputConvex):

@@ -21,6 +21,7 @@ problems, ICLR 2024, arXiv:2310.14344.
 
 from __future__ import annotations
 
+import abc
 import functools
 import math
 from collections.abc import Callable
@@ -36,7 +37,7 @@ from ..solvers import newton
 __all__ = ["ProximalNetwork"]
 
 
-class ProximalNetwork(nn.Module):
+class ProximalNetwork(nn.Module, abc.ABC):
     """The base of networks that are the gradient of a convex function: :meth:`forward` is f, :meth:`potential` is φ, and the rest follows.
 
     Args:
@@ -52,6 +53,7 @@ class ProximalNetwork(nn.Module):
         super().__init__()
         self.event_ndim, self.tol, self.max_iter, self.on_failure = event_ndim, tol, max_iter, on_failure
 
+    @abc.abstractmethod
     def potential(self, x: Tensor) -> Tensor:
         """φ(x), convex, whose gradient the network is.
 
@@ -61,7 +63,6 @@ class ProximalNetwork(nn.Module):
         Returns:
             ``(*batch,)``.
         """
-        raise NotImplementedError
 
     def inverse(self, x: Tensor) -> Tensor:
         """The y with f(y) = x, of all points at once.
