@@ -44,8 +44,8 @@ options, _ = parser.parse_known_args()
 if options.published:
     options.steps = 40_000
 if os.environ.get("DIFFLAYERS_SHORT") == "1":
-    options.steps, options.images = 10, 4
-    print("DIFFLAYERS_SHORT=1: 10 training steps, to see that everything runs; the numbers mean nothing")
+    options.steps, options.images = 30, 4
+    print("DIFFLAYERS_SHORT=1: 30 training steps, to see that everything runs; the numbers mean nothing")
 torch.set_num_threads(1)  # the networks are small: more threads would only wait for each other
 
 # %%
