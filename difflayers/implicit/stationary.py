@@ -25,12 +25,13 @@ from torch.utils import _pytree
 
 from ..errors import ShapeError
 from ..solution import Solution
+from .broadcasting import ExplicitProblem
 from .closure import hoist, visible_to_modes
 from .eager import eager
 from .function import ImplicitFunction, Problem
 from .methods import LinearMethod
 
-__all__ = ["stationary_value"]
+__all__ = ["HeldArgument", "stationary_value"]
 
 
 @eager
@@ -84,33 +85,36 @@ def stationary_value(fun: Callable[..., Tensor], y: Tensor, *args: Any) -> Tenso
     return ImplicitFunction.apply(_StationaryValue(residual, held, first.dim()), start, *operands)[0].squeeze(-1)
 
 
-class _StationaryValue(Problem):
-    """v − Φ(y, θ) = 0 in v, with no derivative in y, which is the argument number ``held``."""
+class HeldArgument(Problem):
+    """A problem unchanged by one of its arguments, to first order: number ``held``, the last by default, gets no derivative."""
 
-    def __init__(self, residual: Callable[..., Tensor], held: int, batch_ndim: int) -> None:
-        super().__init__(residual, _one_step, LinearMethod(), batch_ndim=batch_ndim)
-        self.held = held
+    held = -1
 
     def pullback(self, x: Tensor, theta: Sequence[Any], which: Sequence[int], u: Tensor) -> Any:
-        """The gradient with y held."""
-        kept = [i for i in which if i != self.held]
+        """The gradient with it held; what the argument carries itself makes second derivatives right."""
+        held = self.held % len(theta)
+        kept = [i for i in which if i != held]
         slopes = dict(zip(kept, super().pullback(x, theta, kept, u), strict=True)) if kept else {}
         return [slopes.get(i) for i in which]
 
     def pushforward(self, x: Tensor, theta: Sequence[Any], which: Sequence[int], tangents: Sequence[Tensor]) -> Tensor:
-        """The derivative with y held."""
-        pairs = [(i, tangent) for i, tangent in zip(which, tangents, strict=True) if i != self.held]
+        """The derivative with it held."""
+        held = self.held % len(theta)
+        pairs = [(i, tangent) for i, tangent in zip(which, tangents, strict=True) if i != held]
         if not pairs:
             return torch.zeros_like(x)
         return super().pushforward(x, theta, [i for i, _ in pairs], [tangent for _, tangent in pairs])
 
-    def operator(self, point: Sequence[Any], transpose: bool) -> Callable[[Tensor], Tensor]:
-        """The identity."""
-        return lambda u: u
 
-    def solve_linear(self, point: Sequence[Any], rhs: Tensor, transpose: bool, columns: bool) -> Solution:
-        """The identity."""
-        return _exact(rhs.clone())
+class _StationaryValue(HeldArgument):
+    """v − Φ(y, θ) = 0 in v, with no derivative in y."""
+
+    operator = ExplicitProblem.operator
+    solve_linear = ExplicitProblem.solve_linear
+
+    def __init__(self, residual: Callable[..., Tensor], held: int, batch_ndim: int) -> None:
+        super().__init__(residual, _one_step, LinearMethod(), batch_ndim=batch_ndim)
+        self.held = held
 
     def batched(self, in_dims: tuple[int | None, ...], size: int, randomness: str) -> Problem:
         """The same with one more batch dimension."""
@@ -122,9 +126,5 @@ class _StationaryValue(Problem):
 
 
 def _one_step(residual: Callable[[Tensor], Tensor], v: Tensor, batch_ndim: int) -> Solution:
-    return _exact(v - residual(v))
-
-
-def _exact(x: Tensor) -> Solution:
-    status = torch.zeros(x.shape[:-1], dtype=torch.int64, device=x.device)
-    return Solution(x, status, x.new_zeros(x.shape[:-1]), status)
+    status = torch.zeros(v.shape[:-1], dtype=torch.int64, device=v.device)
+    return Solution(v - residual(v), status, v.new_zeros(v.shape[:-1]), status)

@@ -17,7 +17,6 @@ Theory in Hilbert Spaces, 2017, chapter 12.
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -90,11 +89,7 @@ class NonexpansiveProximalNetwork(StronglyConvex):
             ValueError: a number γ that is negative.
             NotConvergedError: the same for a tensor, or the minimum was not found (``on_failure="raise"``).
         """
-        if not isinstance(gamma, Tensor) and not 0 <= gamma < math.inf:
-            raise ValueError(f"gamma must be at least 0, got {gamma}")
-        step = self._step(gamma, x)
-        step = torch.where(step >= 0, step, torch.nan)
-        x = x.expand(torch.broadcast_shapes(x.shape, step.shape))
+        x, step = self._with_step(x, gamma)
         return self._solve(lambda u, x, g: u + g * self._slope(u) - x, x, step)
 
     def potential(self, x: Tensor) -> Tensor:

@@ -106,16 +106,9 @@ class ProximalNetwork(nn.Module, abc.ABC):
             ValueError: a number γ that is negative, or known to be too large.
             NotConvergedError: the same for a tensor, or the root was not found (``on_failure="raise"``).
         """
-        limit = self._largest_gamma()
-        if not isinstance(gamma, Tensor):
-            if not 0 <= gamma < math.inf or gamma > limit:
-                raise ValueError(f"gamma must be at least 0, and at most {limit:g} for this network, got {gamma}")
-            if gamma == 1:
-                return self(x)
-        step = self._step(gamma, x)
-        # A value that makes no sense fails as NaN, in its own element: under vmap it cannot be looked at.
-        step = torch.where((step >= 0) & (step <= limit), step, torch.nan)
-        x = x.expand(torch.broadcast_shapes(x.shape, step.shape))
+        if not isinstance(gamma, Tensor) and gamma == 1:
+            return self(x)
+        x, step = self._with_step(x, gamma)
         y, lost = self._without_nan(self._solve(lambda y, x, g: g * y + (1 - g) * self(y) - x, x, step))
         return torch.where(lost, torch.nan, self(y))
 
@@ -129,11 +122,18 @@ class ProximalNetwork(nn.Module, abc.ABC):
     def _flat(self, marks: Tensor) -> Tensor:
         return marks.reshape(marks.shape[: marks.dim() - self.event_ndim])
 
-    def _step(self, gamma: Tensor | float, x: Tensor) -> Tensor:
-        """γ as a tensor that broadcasts against x: a number of each point."""
-        if not isinstance(gamma, Tensor):
-            return x.new_tensor(gamma)
-        return gamma.to(x.dtype).reshape(*gamma.shape, *[1] * self.event_ndim)
+    def _with_step(self, x: Tensor, gamma: Tensor | float) -> tuple[Tensor, Tensor]:
+        """x, and γ as a tensor that broadcasts against it, a number of each point; x has a point for each γ."""
+        limit = self._largest_gamma()
+        if isinstance(gamma, Tensor):
+            step = gamma.to(x.dtype).reshape(*gamma.shape, *[1] * self.event_ndim)
+        elif not 0 <= gamma < math.inf or gamma > limit:
+            raise ValueError(f"gamma must be at least 0, and at most {limit:g} for this network, got {gamma}")
+        else:
+            step = x.new_tensor(gamma)
+        # A value that makes no sense fails as NaN, in its own element: under vmap it cannot be looked at.
+        step = torch.where((step >= 0) & (step <= limit), step, torch.nan)
+        return x.expand(torch.broadcast_shapes(x.shape, step.shape)), step
 
     def _solve(self, equation: Callable[..., Tensor], x: Tensor, *args: Any) -> Tensor:
         """The root of an equation with a symmetric positive definite Jacobian, for each point, from x."""

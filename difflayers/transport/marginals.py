@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ..implicit.broadcasting import BroadcastingProblem, ExplicitProblem
 from ..implicit.function import in_a_transform
+from ..implicit.stationary import HeldArgument
 from ..solution import OnFailure, Solution, Status, report_failures
 from .arguments import flattened, marginal_error, what_failed
 from .kept import Kept, conjugate_gradients
@@ -351,7 +352,7 @@ def _is_connected(plan: Kept, rows: Tensor, columns: Tensor) -> bool:
     return bool(((reached > 0) | (columns == 0)).all() & ((across > 0) | (rows == 0)).all())
 
 
-class DualValue(ExplicitProblem):
+class DualValue(HeldArgument, ExplicitProblem):
     """v − L(C, a, b, ε, potentials) = 0; L is the Lagrangian, stationary in the potentials, which therefore receive no cotangent."""
 
     core_ndims = (2, 1, 1, 0, 1)
@@ -364,19 +365,6 @@ class DualValue(ExplicitProblem):
         C, a, b, _, potentials = theta
         f, g = potentials.split(list(C.shape[-2:]), -1)
         return (((a * f).sum(-1) + (b * g).sum(-1)).unsqueeze(-1).expand(x0.shape).clone(),)
-
-    def pullback(self, x: Tensor, theta: Sequence[Any], which: Sequence[int], u: Tensor) -> Any:
-        """The gradient of −L with the potentials held; what they carry themselves makes second derivatives right."""
-        held = [i for i in which if i != len(theta) - 1]
-        slopes = dict(zip(held, super().pullback(x, theta, held, u), strict=True))
-        return [slopes.get(i) for i in which]
-
-    def pushforward(self, x: Tensor, theta: Sequence[Any], which: Sequence[int], tangents: Sequence[Tensor]) -> Tensor:
-        """The derivative of −L with the potentials held."""
-        pairs = [(i, tangent) for i, tangent in zip(which, tangents, strict=True) if i != len(theta) - 1]
-        if not pairs:
-            return torch.zeros_like(x)
-        return super().pushforward(x, theta, [i for i, _ in pairs], [tangent for _, tangent in pairs])
 
     def deeper(self, size: int) -> DualValue:
         """The same problem with one more leading dimension."""
