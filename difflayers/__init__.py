@@ -24,6 +24,7 @@ tensor([[ 0.5000, -0.5000,  0.0000]])
 ``difflayers.prox``       proximal ``operators``: :class:`Prox`; networks that are proximal operators: :class:`LearnedProximalNetwork`;
                           plug-and-play reconstruction: :class:`PlugAndPlay`
 ``difflayers.morphology`` skeletons that gradients can pass through: :class:`Skeletonize`; soft clDice, Betti numbers
+``difflayers.pde``        physics as a hard constraint inside a network, mixtures of experts, conservation laws
 ``difflayers.implicit``   the core: ``implicit_root``, ``implicit_fixed_point``, ``custom_root``,
                           ``linear_solve``, ``conditions``
 ``difflayers.solvers``    how a solution is found: batched loops that stop element by element
@@ -40,7 +41,7 @@ from . import errors
 from .solution import Solution, Status
 
 if TYPE_CHECKING:
-    from . import convex, implicit, morphology, prox, rebasin, solvers, sorting, transport
+    from . import convex, implicit, morphology, pde, prox, rebasin, solvers, sorting, transport
     from .convex import CvxpyLayer, Projection, QPLayer
     from .morphology import Skeletonize
     from .prox import (
@@ -83,6 +84,7 @@ __all__ = [
     "errors",
     "implicit",
     "morphology",
+    "pde",
     "prox",
     "rebasin",
     "solvers",
