@@ -3,21 +3,21 @@ r"""The cut of a mesh into the domains of experts.
 Every point p of the mesh belongs to one of E experts (its label). Grown by o points in every direction, diagonals included, the points
 of an expert are its *domain*; domains overlap by 2o points. The experts' values are blended by a partition of unity,
 
-.. math:: u(p) = \sum_e φ_e(p)\, u_e(p), \qquad φ_e ∝ \frac{1}{2o + 1} \sum_{k=-o}^{o} 1[p ∈ \text{points of } e \text{ grown by } k], \qquad
-   \sum_e φ_e = 1,
+.. math:: u(p) = \sum_e φ_e(p)\, u_e(p), \qquad \sum_e φ_e = 1, \qquad
+   φ_e(p) ∝ \frac{1}{2o + 1} \sum_{k=-o}^{o} 1[p ∈ \text{points of } e \text{ grown by } k],
 
 where a negative k shrinks: a linear ramp across a straight border. With o = 0 the cut is sharp, φ is zero or one. A soft cut has no
-labels: it is the partition of unity itself, every expert's domain is the whole mesh, and a row of expert e at p weighs :math:`\sqrt{φ_e(p)}`.
+labels: it is the partition of unity itself, every domain is the whole mesh, and a row of expert e at p weighs :math:`\sqrt{φ_e(p)}`.
 
-All cuts are one thing to the solver, a :class:`Cut`: for every expert the list of its points, the weights of its rows and its φ. Lists
-shorter than the longest are padded by a point of the same expert with weight and φ zero.
+All cuts are one thing to the solver, a :class:`Cut`: for every expert the list of its points, the weights of its rows and its φ.
+Lists shorter than the longest are padded by a point of the same expert with weight and φ zero.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -222,8 +222,3 @@ def _grow(member: Tensor, grid_ndim: int) -> Tensor:
         grown.narrow(dim, 0, inner).logical_or_(member.narrow(dim, 1, inner))
         member = grown
     return member
-
-
-def is_labels(routed: Any) -> bool:
-    """Whether a router returned labels."""
-    return isinstance(routed, Tensor) and not routed.is_floating_point()

@@ -6,11 +6,11 @@ loss behind it is the same in every process, and so is the cotangent g of what w
 .. math:: \bar x_r = W \, g_r,
 
 g's own slots, times W. So the *mean* over the processes of the gradients of anything before the layer is the full gradient, which is
-what ``DistributedDataParallel`` leaves in the parameters: a part of the network's gradient that flows through the experts is one process's W-fold
-share of it, a part that doesn't is W times the same.
+what ``DistributedDataParallel`` leaves in the parameters: the part of a process's gradient that flows through its experts is its share of
+the full one, W-fold; a part that flows past them is the full one in every process.
 
-Forward mode gathers tangents in the same way, so that jvp, and forward over reverse, are right too. Reverse over reverse would need a sum over
-processes inside a backward pass whose gradients nobody has averaged yet: it is refused.
+Forward mode gathers tangents in the same way, so that jvp, and forward over reverse, are right too. Reverse over reverse would need
+a sum over processes inside a backward pass, of gradients that nobody has averaged yet: it is refused.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch import distributed as dist
+from torch.autograd import forward_ad
 
 from ..errors import DiffLayersError, ShapeError
 
@@ -94,10 +95,13 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor) -> Tensor:
-        return _Gather.apply(tangents[0], ctx.slots)
+        # Forward mode is off inside this rule, which would silently drop the tangents of outer levels.
+        with forward_ad._set_fwd_grad_enabled(True):
+            return _Gather.apply(tangents[0], ctx.slots)
 
     @staticmethod
-    def vmap(info: Any, in_dims: tuple[Any, ...], own: Tensor, slots: Slots) -> tuple[Tensor, int]:
+    def vmap(info: Any, in_dims: tuple[Any, ...], *operands: Any) -> tuple[Tensor, int]:
+        own, slots = operands
         return _Gather.apply(own.movedim(in_dims[0], 0), slots), 0
 
 
@@ -119,8 +123,10 @@ class _OwnSlots(torch.autograd.Function):
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor) -> Tensor:
-        return _OwnSlots.apply(tangents[0], ctx.slots)
+        with forward_ad._set_fwd_grad_enabled(True):
+            return _OwnSlots.apply(tangents[0], ctx.slots)
 
     @staticmethod
-    def vmap(info: Any, in_dims: tuple[Any, ...], cotangent: Tensor, slots: Slots) -> tuple[Tensor, int]:
+    def vmap(info: Any, in_dims: tuple[Any, ...], *operands: Any) -> tuple[Tensor, int]:
+        cotangent, slots = operands
         return _OwnSlots.apply(cotangent.movedim(in_dims[0], 0), slots), 0
