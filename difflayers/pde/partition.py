@@ -9,8 +9,8 @@ of an expert are its *domain*; domains overlap by 2o points. The experts' values
 where a negative k shrinks: a linear ramp across a straight border. With o = 0 the cut is sharp, φ is zero or one. A soft cut has no
 labels: it is the partition of unity itself, every domain is the whole mesh, and a row of expert e at p weighs :math:`\sqrt{φ_e(p)}`.
 
-All cuts are one thing to the solver, a :class:`Cut`: for every expert the list of its points, the weights of its rows and its φ.
-Lists shorter than the longest are padded by a point of the same expert with weight and φ zero.
+All cuts are one thing to the solver, a :class:`Cut`: what a row of each expert weighs at each point, and φ. Rows are assembled on
+:class:`Domains`, for every expert the list of its points; lists shorter than the longest are padded by points of weight zero.
 """
 
 from __future__ import annotations
@@ -24,72 +24,77 @@ from torch import Tensor
 
 from ..errors import ShapeError
 
-__all__ = ["Borders", "Cut", "Partition", "block_labels", "find_borders", "hard_cut", "soft_cut"]
+__all__ = ["Borders", "Cut", "Domains", "Partition", "block_labels", "find_borders", "hard_cut", "soft_cut"]
 
 Partition = Sequence[int | Sequence[int]] | Tensor | Callable[..., Tensor]
 
 
 class Cut(NamedTuple):
+    """What every expert has to do with every point.
+
+    Attributes:
+        weight: ``(*lead, E, size)``, what a row of the expert at the point weighs; ``lead`` is the batch, or empty where all samples
+            are cut alike.
+        phi: ``(*lead, E, size)``, φ.
+        soft: whether every domain is the whole mesh.
+    """
+
+    weight: Tensor
+    phi: Tensor
+    soft: bool = False
+
+    def domains(self, region: Tensor | None = None) -> Domains:
+        """The points of every expert, or those that are in a region, ``(size,)`` bool."""
+        if self.soft:
+            return Domains(None, self.weight if region is None else self.weight * region)
+        member = self.weight > 0 if region is None else (self.weight > 0) & region
+        lead, member = member.shape[:-1], member.flatten(0, -2)
+        counts = member.sum(-1)
+        row, point = member.nonzero(as_tuple=True)
+        index = torch.zeros(len(member), int(counts.max()) if len(counts) else 0, dtype=torch.int64, device=member.device)
+        index[row, torch.arange(point.numel(), device=point.device) - (counts.cumsum(0) - counts)[row]] = point
+        present = torch.arange(index.shape[-1], device=member.device) < counts.unsqueeze(-1)
+        # Padding repeats a point: what is computed there is as finite as elsewhere.
+        index = torch.where(present, index, index[:, :1])
+        return Domains(index.reshape(*lead, -1), present.to(self.weight.dtype).reshape(*lead, -1))
+
+    def stitch(self, values: Tensor) -> Tensor:
+        """Σ φ_e u_e, ``(*batch, size)``, of the experts' values ``(*batch, E, size)``."""
+        return (self.phi * values).sum(-2)
+
+
+class Domains(NamedTuple):
     """For every expert its points.
 
     Attributes:
-        index: ``(*lead, E, P)`` int64, the points of each expert's domain as indices into the flattened mesh; ``lead`` is the batch, or
-            empty where all samples are cut alike. None: the whole mesh, for every expert.
-        weight: ``(*lead, E, P)``, what a row of the expert at the point weighs; 0 on padding.
-        blend: ``(*lead, E, P)``, φ; 0 on padding.
-        size: points of the mesh.
+        index: ``(*lead, E, P)`` int64, indices into the flattened mesh. None: the whole mesh, for every expert.
+        weight: ``(*lead, E, P)``, what a row at the point weighs; 0 on padding.
     """
 
     index: Tensor | None
     weight: Tensor
-    blend: Tensor
-    size: int
 
-    @property
-    def experts(self) -> int:
-        """How many there are."""
-        return self.weight.shape[-2]
-
-    def to(self, device: torch.device, dtype: torch.dtype) -> Cut:
-        """The same on another device, with weights of another dtype."""
-        index = None if self.index is None else self.index.to(device)
-        return self._replace(index=index, weight=self.weight.to(device, dtype), blend=self.blend.to(device, dtype))
-
-    def of(self, experts: slice) -> Cut:
-        """The cut as only these experts see it."""
-        index = None if self.index is None else self.index[..., experts, :]
-        return self._replace(index=index, weight=self.weight[..., experts, :], blend=self.blend[..., experts, :])
+    def of(self, experts: slice) -> Domains:
+        """Those of these experts."""
+        return Domains(None if self.index is None else self.index[..., experts, :], self.weight[..., experts, :])
 
     def take(self, field: Tensor) -> Tensor:
-        """The values ``(*batch, E, P, N)`` of ``field`` ``(*batch, size, N)`` at the points of every expert."""
+        """The values ``(*batch, E, P, N)`` of ``field`` ``(*batch, size, N)`` at the points of every expert, or ``(*batch, 1, size, N)``."""
         if self.index is None:
-            return field.unsqueeze(-3).expand(*field.shape[:-2], self.experts, *field.shape[-2:])
+            return field.unsqueeze(-3)
         if self.index.dim() == 2:
             return field.index_select(-2, self.index.flatten()).unflatten(-2, tuple(self.index.shape))
         batch = torch.broadcast_shapes(field.shape[:-2], self.index.shape[:-2])
         where = self.index.flatten(-2).unsqueeze(-1).expand(*batch, -1, field.shape[-1])
         return field.expand(*batch, *field.shape[-2:]).gather(-2, where).unflatten(-2, tuple(self.index.shape[-2:]))
 
-    def stitch(self, values: Tensor) -> Tensor:
-        """The blend ``(*batch, size)`` of the experts' values ``(*batch, E, P)``."""
-        # A value that is not finite stays with the points where its expert counts.
-        parts = torch.where(self.blend > 0, self.blend * values, 0)
-        if self.index is None:
-            return parts.sum(-2)
-        where = self.index.flatten(-2).expand(*parts.shape[:-2], -1)
-        return parts.new_zeros(*parts.shape[:-2], self.size).scatter_add(-1, where, parts.flatten(-2))
-
-    def sample(self, batch: Sequence[int], points: int, generator: torch.Generator | None = None) -> Cut:
-        """Points drawn without replacement, for every sample and expert ``points`` of them (all, where it has fewer).
-
-        The φ that go with them are no partition of unity: this is a cut to solve on.
-        """
+    def sample(self, batch: Sequence[int], points: int, generator: torch.Generator | None = None) -> Domains:
+        """Points drawn without replacement, for every sample and expert ``points`` of them (all, where it has fewer)."""
         device = self.weight.device if generator is None else generator.device
         keys = torch.rand(*batch, *self.weight.shape[-2:], generator=generator, device=device).to(self.weight.device)
         chosen = torch.where(self.weight.detach() > 0, keys, -1).topk(min(points, keys.shape[-1])).indices
-        weight, blend = (part.expand(keys.shape).gather(-1, chosen) for part in (self.weight, self.blend))
         index = chosen if self.index is None else self.index.expand(keys.shape).gather(-1, chosen)
-        return Cut(index, weight, blend, self.size)
+        return Domains(index, self.weight.expand(keys.shape).gather(-1, chosen))
 
 
 class Borders(NamedTuple):
@@ -159,30 +164,19 @@ def hard_cut(labels: Tensor, grid_ndim: int, *, overlap: int = 0) -> Cut:
     for _ in range(overlap):
         grown, rest = _grow(grown, grid_ndim), _grow(rest, grid_ndim)
         stack = stack + grown + ~rest
-    lead, size = labels.shape[: labels.dim() - grid_ndim], math.prod(labels.shape[labels.dim() - grid_ndim :])
-    phi = (stack / stack.sum(-grid_ndim - 1, keepdim=True)).reshape(-1, experts, size)
+    phi = (stack / stack.sum(-grid_ndim - 1, keepdim=True)).flatten(-grid_ndim)
     member = phi > 0
-    counts = member.sum(-1)
-    index = torch.zeros(*counts.shape, int(counts.max()) if counts.numel() else 0, dtype=torch.int64, device=labels.device)
-    sample, expert, point = member.nonzero(as_tuple=True)
-    starts = counts.flatten().cumsum(0).reshape(counts.shape) - counts
-    position = torch.arange(point.numel(), device=labels.device) - starts[sample, expert]
-    index[sample, expert, position] = point
-    present = torch.arange(index.shape[-1], device=labels.device) < counts.unsqueeze(-1)
-    index = torch.where(present, index, index[..., :1])
-    weight, blend = present.to(torch.float64), torch.where(present, phi.gather(-1, index), 0)
-    empty, fullest = (counts == 0).unsqueeze(-1), counts.argmax(-1)
-    rows = torch.arange(len(counts), device=labels.device)
-    index = torch.where(empty, index[rows, fullest].unsqueeze(-2), index)
-    weight = torch.where(empty, weight[rows, fullest].unsqueeze(-2), weight)
-    return Cut(*(part.reshape(*lead, *part.shape[1:]) for part in (index, weight, blend)), size)
+    counts = member.sum(-1, keepdim=True)
+    fullest = counts.argmax(-2, keepdim=True).expand(*counts.shape[:-2], 1, member.shape[-1])
+    member = torch.where(counts == 0, member.gather(-2, fullest), member)
+    return Cut(member.to(phi), phi)
 
 
 def soft_cut(logits: Tensor, grid_ndim: int) -> Cut:
     """The soft cut φ = softmax of ``logits`` ``(*lead, *grid, E)``, differentiable in them."""
     logarithm = logits.flatten(-grid_ndim - 1, -2).log_softmax(-1).mT
     # √φ by the exponential: the derivative of a square root is infinite where φ underflows.
-    return Cut(None, (logarithm / 2).exp(), logarithm.exp(), logarithm.shape[-1])
+    return Cut((logarithm / 2).exp(), logarithm.exp(), soft=True)
 
 
 def find_borders(labels: Tensor, grid_ndim: int) -> Borders:

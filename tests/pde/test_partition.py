@@ -12,16 +12,17 @@ from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
 from difflayers.errors import ShapeError
-from difflayers.pde.partition import Cut, block_labels, find_borders, hard_cut, soft_cut
+from difflayers.pde.partition import Cut, Domains, block_labels, find_borders, hard_cut, soft_cut
 
 
 def _labels(seed: int, grid: tuple[int, ...], experts: int, lead: tuple[int, ...] = ()) -> Tensor:
     return torch.randint(experts, (*lead, *grid), generator=torch.Generator().manual_seed(seed))
 
 
-def _points(cut: Cut, *at: int) -> list[int]:
+def _points(cut: Cut | Domains, *at: int) -> list[int]:
     """The points of one expert, padding left out."""
-    return cut.index[at][cut.weight[at] > 0].tolist()
+    domains = cut.domains() if isinstance(cut, Cut) else cut
+    return domains.index[at][domains.weight[at] > 0].tolist()
 
 
 def test_blocks_of_unequal_sizes() -> None:
@@ -29,7 +30,7 @@ def test_blocks_of_unequal_sizes() -> None:
     assert sizes == [26, 25, 25, 25]
     assert torch.bincount(block_labels((101, 3), ((30, 30, 41), 1))[:, 0]).tolist() == [30, 30, 41]
     cut = hard_cut(block_labels((101,), (4,)), 1)
-    assert cut.index.shape == (4, 26)
+    assert cut.domains().index.shape == (4, 26)
     assert _points(cut, 1) == list(range(26, 51))
 
 
@@ -58,22 +59,25 @@ def test_a_cut_field_is_stitched_together_again(
 ) -> None:
     labels = _labels(seed, grid, experts, lead)
     cut = hard_cut(labels, len(grid), overlap=overlap)
-    field = torch.randn(*lead, math.prod(grid), 2, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-    taken = cut.take(field)
-    torch.testing.assert_close(cut.stitch(taken[..., 1]), field[..., 1], rtol=0, atol=1e-14)
-    torch.testing.assert_close(cut.stitch(torch.ones_like(taken[..., 0])), torch.ones_like(field[..., 0]), rtol=0, atol=1e-14)
-    assert not cut.blend[cut.weight == 0].any()
+    size = math.prod(grid)
+    field = torch.randn(*lead, size, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    domains = cut.domains()
+    taken = domains.take(field)
+    # Where an expert counts, the point is in its domain.
+    seen = torch.full_like(cut.phi, torch.nan).scatter(-1, domains.index.expand(taken.shape[:-1]), taken[..., 1])
+    assert seen[cut.phi > 0].isfinite().all()
+    seen = seen.nan_to_num()
+    torch.testing.assert_close(cut.stitch(seen), field[..., 1], rtol=0, atol=1e-14)
+    torch.testing.assert_close(cut.phi.sum(-2), torch.ones_like(field[..., 0]), rtol=0, atol=1e-14)
     if overlap == 0:
-        torch.testing.assert_close(
-            cut.stitch(torch.ones_like(taken[..., 0]) * torch.arange(cut.experts).unsqueeze(-1)).long(), labels.flatten(-len(grid))
-        )
+        assert torch.equal(cut.phi.argmax(-2), labels.flatten(-len(grid)))
 
 
 def test_overlap_is_a_ramp_across_a_border() -> None:
     cut = hard_cut(block_labels((12,), (2,)), 1, overlap=2)
     assert _points(cut, 0) == list(range(8))
     assert _points(cut, 1) == list(range(4, 12))
-    torch.testing.assert_close(5 * cut.blend[0], torch.tensor([5, 5, 5, 5, 4, 3, 2, 1], dtype=torch.float64))
+    torch.testing.assert_close(5 * cut.phi[0], torch.tensor([5, 5, 5, 5, 4, 3, 2, 1, 0, 0, 0, 0], dtype=torch.float64))
 
 
 def test_overlap_of_blocks_grows_along_diagonals() -> None:
@@ -84,10 +88,16 @@ def test_overlap_of_blocks_grows_along_diagonals() -> None:
 def test_an_empty_expert_repeats_the_fullest_and_is_not_read() -> None:
     cut = hard_cut(torch.tensor([[0, 2, 2], [0, 1, 2]]), 1)
     assert _points(cut, 0, 1) == _points(cut, 0, 2) == [1, 2]
-    assert not cut.blend[0, 1].any()
-    values = torch.full((2, 3, 2), 7.0, dtype=torch.float64)
-    values[0, 1] = torch.nan
-    torch.testing.assert_close(cut.stitch(values), torch.full((2, 3), 7.0, dtype=torch.float64))
+    assert not cut.phi[0, 1].any()
+
+
+def test_points_of_a_region() -> None:
+    cut = hard_cut(torch.tensor([0, 0, 0, 1, 1, 2]), 1)
+    domains = cut.domains(torch.tensor([False, True, True, False, True, False]))
+    assert [_points(domains, e) for e in range(3)] == [[1, 2], [4], []]
+    soft = soft_cut(torch.zeros(2, 2), 1).domains(torch.tensor([True, False]))
+    assert soft.index is None
+    assert (soft.weight > 0).tolist() == [[True, False]] * 2
 
 
 def test_borders_are_found_once() -> None:
@@ -108,7 +118,7 @@ def test_borders_of_a_batch_are_padded() -> None:
 
 def test_a_sample_has_as_many_points_as_asked_for_and_none_twice() -> None:
     cut = hard_cut(torch.tensor([0, 0, 0, 0, 0, 1, 1]), 1)
-    first, again = (cut.sample((3,), 4, torch.Generator().manual_seed(1)) for _ in range(2))
+    first, again = (cut.domains().sample((3,), 4, torch.Generator().manual_seed(1)) for _ in range(2))
     assert torch.equal(first.index, again.index)
     assert first.index.shape == (3, 2, 4)
     assert (first.weight > 0).sum(-1).tolist() == [[4, 2]] * 3
@@ -117,17 +127,17 @@ def test_a_sample_has_as_many_points_as_asked_for_and_none_twice() -> None:
             chosen = _points(first, sample, expert)
             assert len(set(chosen)) == len(chosen)
             assert set(chosen) <= set(_points(cut, expert))
-    soft = soft_cut(torch.zeros(3, 7, 2), 1).sample((3,), 4)
+    soft = soft_cut(torch.zeros(3, 7, 2), 1).domains().sample((3,), 4)
     assert soft.index.shape == soft.weight.shape == (3, 2, 4)
 
 
 def test_soft_cut_is_differentiable_where_a_share_underflows() -> None:
     logits = torch.tensor([[0.0, -2000.0], [0.3, 0.1]], dtype=torch.float64, requires_grad=True)
     cut = soft_cut(logits, 1)
-    assert cut.blend[1, 0] == 0
-    slope = torch.autograd.grad((cut.weight + cut.blend).sum(), logits)[0]
+    assert cut.phi[1, 0] == 0
+    slope = torch.autograd.grad((cut.weight + cut.phi).sum(), logits)[0]
     assert torch.isfinite(slope).all()
-    torch.testing.assert_close(cut.weight**2, cut.blend)
+    torch.testing.assert_close(cut.weight**2, cut.phi)
 
 
 @pytest.mark.parametrize("kind", ["shared", "batched", "soft"])
@@ -137,7 +147,9 @@ def test_derivatives_of_taking_and_stitching(kind: str) -> None:
 
     def blend(field: Tensor, logits: Tensor) -> Tensor:
         cut = {"shared": shared, "batched": batched, "soft": soft_cut(logits, 1)}[kind]
-        return cut.stitch(cut.take(field).square().sum(-1).cos() * cut.weight)
+        domains = cut.domains()
+        taken = domains.take(field).square().sum(-1).cos() * domains.weight
+        return cut.stitch(taken.sum(-1, keepdim=True) * field[..., 0].unsqueeze(-2))
 
     field = torch.randn(2, 5, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(4), requires_grad=True)
     inputs = (field, logits) if kind == "soft" else (field,)
