@@ -44,11 +44,11 @@ class Cut(NamedTuple):
     soft: bool = False
 
     def domains(self, region: Tensor | None = None) -> Domains:
-        """The points of every expert, or those that are in a region, ``(size,)`` bool."""
+        """The points of every expert; with ``region``, ``(P,)`` int64, those of them among these points, numbered as there."""
+        weight = self.weight if region is None else self.weight.index_select(-1, region)
         if self.soft:
-            return Domains(None, self.weight if region is None else self.weight * region)
-        member = self.weight > 0 if region is None else (self.weight > 0) & region
-        lead, member = member.shape[:-1], member.flatten(0, -2)
+            return Domains(None, weight)
+        lead, member = weight.shape[:-1], (weight > 0).flatten(0, -2)
         counts = member.sum(-1)
         row, point = member.nonzero(as_tuple=True)
         index = torch.zeros(len(member), int(counts.max()) if len(counts) else 0, dtype=torch.int64, device=member.device)
@@ -56,7 +56,7 @@ class Cut(NamedTuple):
         present = torch.arange(index.shape[-1], device=member.device) < counts.unsqueeze(-1)
         # Padding repeats a point: what is computed there is as finite as elsewhere.
         index = torch.where(present, index, index[:, :1])
-        return Domains(index.reshape(*lead, -1), present.to(self.weight.dtype).reshape(*lead, -1))
+        return Domains(index.reshape(*lead, -1), present.to(weight.dtype).reshape(*lead, -1))
 
     def stitch(self, values: Tensor) -> Tensor:
         """Σ φ_e u_e, ``(*batch, size)``, of the experts' values ``(*batch, E, size)``."""
@@ -67,7 +67,7 @@ class Domains(NamedTuple):
     """For every expert its points.
 
     Attributes:
-        index: ``(*lead, E, P)`` int64, indices into the flattened mesh. None: the whole mesh, for every expert.
+        index: ``(*lead, E, P)`` int64, indices into the flattened mesh, or into the points of a region. None: all, for every expert.
         weight: ``(*lead, E, P)``, what a row at the point weighs; 0 on padding.
     """
 
@@ -156,6 +156,9 @@ def hard_cut(labels: Tensor, grid_ndim: int, *, overlap: int = 0) -> Cut:
     answer, and it has one.
     """
     experts = _count(labels)
+    missing = sorted(set(range(experts)) - set(labels.unique().tolist())) if labels.dim() == grid_ndim else []
+    if missing:
+        raise ShapeError(f"labels must be 0 … E − 1, each of them somewhere: the largest is {experts - 1}, and no point has label {missing[0]}")
     if experts == 1:
         overlap = 0
     owned = labels.unsqueeze(-grid_ndim - 1) == torch.arange(experts, device=labels.device).reshape(-1, *[1] * grid_ndim)

@@ -53,6 +53,7 @@ class Slots:
         group: the process group; None for one process, which has them all.
 
     Attributes:
+        count: how many there are.
         counts: for each process how many experts it has; they differ by one at the most.
         own: the experts of this process.
 
@@ -64,7 +65,7 @@ class Slots:
         processes, rank = (1, 0) if group is None else (dist.get_world_size(group), dist.get_rank(group))
         if experts < processes:
             raise ShapeError(f"{experts} experts can't be spread over {processes} processes: cut the mesh into {processes} domains or more")
-        self.group = group
+        self.count, self.group = experts, group
         self.counts = tuple(experts // processes + (r < experts % processes) for r in range(processes))
         start = sum(self.counts[:rank])
         self.own = slice(start, start + self.counts[rank])
