@@ -2,10 +2,21 @@
 
 from . import problems
 from .finite_difference import edge_derivative, finite_difference, finite_difference_weights
+from .hard_constraint import ConstraintSolution, HardConstraint
+from .rows import dirichlet, initial, integral, neumann, pde, periodic, robin
 
 __all__ = [
+    "ConstraintSolution",
+    "HardConstraint",
+    "dirichlet",
     "edge_derivative",
     "finite_difference",
     "finite_difference_weights",
+    "initial",
+    "integral",
+    "neumann",
+    "pde",
+    "periodic",
     "problems",
+    "robin",
 ]

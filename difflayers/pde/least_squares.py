@@ -6,8 +6,9 @@ is a root of the gradient, F(w, θ) = Jᵀr = 0 with J = ∂r/∂w, whose deriva
 
 .. math:: A = J^T J + \sum_i r_i ∇^2 r_i .
 
-So a cotangent g of w* pulls back to θ as −∂/∂θ (uᵀJᵀr) with A u = g, through the core. **Gauss–Newton** leaves out the second term of A: it is
-cheaper, and the derivative is off by an amount that grows with the residual and with the curvature of r; it is exact where r is zero or linear.
+So a cotangent g of w* pulls back to θ as −∂/∂θ (uᵀJᵀr) with A u = g, through the core. **Gauss–Newton** leaves out the second term of A: it
+is cheaper, and the derivative is off by an amount that grows with the residual and with the curvature of r; it is exact where r is zero or
+linear.
 
 Method: Levenberg–Marquardt until the scaled gradient is below the tolerance, then steps of Newton's method with one factor of A. They take
 the error of w* from the tolerance to rounding, and the factor says whether the minimum is isolated: where A is singular, w* is not unique,
@@ -26,6 +27,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..implicit.broadcasting import not_there
+from ..implicit.closure import Explicit
 from ..implicit.function import Problem
 from ..implicit.methods import LinearMethod
 from ..pytree import is_floating
@@ -37,6 +40,7 @@ from ..solvers.loop import norm, relative
 
 __all__ = ["Fit", "FitOptions", "LeastSquares", "RowSystem"]
 
+_SOLVERS = {"lm": levenberg_marquardt, "gauss_newton": gauss_newton}
 _POLISHING_STEPS = 3
 
 
@@ -72,7 +76,7 @@ class FitOptions:
         what: the name of the solve, for messages.
     """
 
-    solver: str | Callable[..., Any] = "lm"
+    solver: str | Callable[..., Solution] = "lm"
     hessian: str = "exact"
     tol: float = 1e-8
     max_iter: int = 100
@@ -145,15 +149,15 @@ class LeastSquares(Problem):
         system: the rows; its θ are the problem's.
         options: how it is solved.
         batch_ndim: leading dimensions of w that index independent problems.
-        before: called once the solution is found, before it is looked at with derivatives.
+        seen: the user's functions, which check at the solution that they read what they had read at the start.
     """
 
-    def __init__(self, system: RowSystem, options: FitOptions, *, batch_ndim: int, before: Callable[[], None] = lambda: None) -> None:
+    def __init__(self, system: RowSystem, options: FitOptions, *, batch_ndim: int, seen: Sequence[Explicit] = ()) -> None:
         linear = LinearMethod("cholesky", symmetric=True)
-        super().__init__(system.gradient, lambda *_: None, linear, batch_ndim=batch_ndim, on_failure=options.on_failure)
-        self.system, self.options, self.before = system, options, before
+        super().__init__(system.gradient, not_there, linear, batch_ndim=batch_ndim, on_failure=options.on_failure)
+        self.system, self.options, self.seen = system, options, seen
 
-    def find(self, x0: Tensor, theta: Sequence[Any]) -> Fit:  # ty: ignore[invalid-method-override]
+    def find(self, x0: Tensor, theta: Sequence[Any]) -> Any:
         """Solve on plain tensors; a row that is not finite goes back to its starting point."""
         low = self.options.precision
         if low != x0.dtype:
@@ -169,18 +173,25 @@ class LeastSquares(Problem):
         fit = self._polish(found, theta)
         fit = fit._replace(x=torch.where(torch.isfinite(fit.x).all(-1, keepdim=True), fit.x, x0))
         report_failures(fit, self.options.what, self.options.on_failure)
-        self.before()
+        for explicit in self.seen:
+            explicit.watch()
         return fit
 
     def _search(self, x0: Tensor, theta: Sequence[Any], tol: float) -> Solution:
         def rows(w: Tensor) -> Tensor:
             return self.system.rows(w, *theta)
 
-        options: dict[str, Any] = {"batch_ndim": x0.dim() - 1, "tol": tol, "max_iter": self.options.max_iter}
-        if callable(self.options.solver):
-            return self.options.solver(rows, x0, batch_ndim=options["batch_ndim"])
-        solver = {"lm": levenberg_marquardt, "gauss_newton": gauss_newton}[self.options.solver]
-        return solver(rows, x0, normal_equations=lambda w: self.system.normal_equations(w, *theta), **options)
+        solver = self.options.solver
+        if not isinstance(solver, str):
+            return solver(rows, x0, batch_ndim=x0.dim() - 1)
+        return _SOLVERS[solver](
+            rows,
+            x0,
+            batch_ndim=x0.dim() - 1,
+            tol=tol,
+            max_iter=self.options.max_iter,
+            normal_equations=lambda w: self.system.normal_equations(w, *theta),
+        )
 
     def _polish(self, found: Solution, theta: Sequence[Any]) -> Fit:
         """Newton steps with one factor of the Hessian, which also tells whether the minimum is isolated."""
@@ -228,7 +239,7 @@ class LeastSquares(Problem):
         key = (in_dims, size, randomness)
         if key not in self._batched:
             system = self.system.batched(in_dims, randomness)
-            self._batched[key] = LeastSquares(system, self.options, batch_ndim=self.batch_ndim + 1, before=self.before)
+            self._batched[key] = LeastSquares(system, self.options, batch_ndim=self.batch_ndim + 1, seen=self.seen)
         return self._batched[key]
 
 

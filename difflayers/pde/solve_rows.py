@@ -49,8 +49,8 @@ def solve_rows(
         linear: blocks of linear rows.
         free: rows of no known structure; with them the Jacobian is found by forward mode.
         options: how to solve.
-        coupling: linear rows that tie the E problems of the last batch dimension together: L is ``(*batch, m, E·N)``, g ``(*batch, m)``, with
-            x0 ``(*batch, E, N)``. They are one problem then, and share a status.
+        coupling: linear rows that tie the E problems of the last batch dimension together: L is ``(*batch, m, E·N)``, g ``(*batch, m)``,
+            with x0 ``(*batch, E, N)``. They are one problem then, and share a status.
 
     Returns:
         :class:`~difflayers.pde.least_squares.Fit` with x like ``x0``.
@@ -74,7 +74,9 @@ def solve_rows(
 
     def rows_of(theta: Sequence[Any]) -> tuple[list[PointRows], list[LinearRows]]:
         blocks, lines, _, _ = unflatten(theta)
-        return [PointRows(function, *block) for function, block in zip(functions, blocks, strict=True)], [LinearRows(*line) for line in lines]
+        return [PointRows(function, *block) for function, block in zip(functions, blocks, strict=True)], [
+            LinearRows(*line) for line in lines
+        ]
 
     def pointwise(products: list[dict[str, Tensor]], args: list[tuple[Any, ...]]) -> list[Tensor]:
         return [one_each(function(z, *extra), z) for function, z, extra in zip(functions, products, args, strict=True)]
@@ -97,7 +99,7 @@ def solve_rows(
     if coupling is not None:
         system, start = Coupled(system, x0.shape[-2], lambda theta: LinearRows(*unflatten(theta)[2])), x0.flatten(-2)
 
-    problem = LeastSquares(system, options, batch_ndim=start.dim() - 1, before=lambda: [explicit.watch() for explicit in seen])
+    problem = LeastSquares(system, options, batch_ndim=start.dim() - 1, seen=seen)
     start, *theta = visible_to_modes([start.detach(), *captured, *tensors])
     lost = None
     if options.on_failure == "nan":

@@ -9,8 +9,8 @@ z_k = T_k w the products with the weights. A residual that is **pointwise** in t
     J^T r = \sum_k T_k^T (ρ ρ_k), \qquad
     A = \sum_{k,l} T_k^T \operatorname{diag}(ρ_k ρ_l + ρ ρ_{kl}) T_l
 
-with the partial derivatives ρ_k = ∂ρ/∂z_k, ρ_kl, which one pass back through ρ, and K passes forward through that, give for all points at once.
-Nothing depends on the number N of basis functions but the matrix products. Forward mode through the residual would take N passes.
+with the partial derivatives ρ_k = ∂ρ/∂z_k, ρ_kl, which one pass back through ρ, and K passes forward through that, give for all points at
+once. Nothing depends on the number N of basis functions but the matrix products. Forward mode through the residual would take N passes.
 
 Linear rows r = Lw − g (boundary values, conservation laws, couplings, a ridge) have J = L.
 """
@@ -23,7 +23,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch._C import _functorch
-from torch.utils import _pytree
 
 from ..errors import DiffLayersError, ShapeError
 from ..solvers.linearize import jvp, vjp
@@ -125,8 +124,8 @@ class Structured(RowSystem):
         off = (derivative - _cat(alone)).abs()
         if bool((off > 1e3 * torch.finfo(w.dtype).eps ** 0.75 * derivative.abs().amax(-1, keepdim=True)).any()):
             raise DiffLayersError(
-                "with features= the residual must be pointwise, each row a function of the products at its own point: this one mixes points "
-                "(a derivative, a mean, a sum over them?). Move what is linear in the solution into features=, or leave features= out"
+                "with features= the residual must be pointwise, each row a function of the products at its own point: this one mixes "
+                "points (a derivative, a mean, a sum over them?). Move what is linear in the solution into features=, or leave them out"
             )
 
     def _rho(self, points: Sequence[PointRows], theta: Sequence[Any]) -> Callable[[Tensor], Tensor]:
