@@ -68,9 +68,20 @@ def coordinate_derivatives(
     found: dict[_Path, Tensor] = {}
     for path in sorted(paths.values(), key=len, reverse=True):
         if path not in found:
-            values = _along(function, path)(coordinates)
+            values = _evaluate(_along(function, path), coordinates)
             found.update((path[:length], value) for length, value in enumerate(values))
     return {key: found[path] for key, path in paths.items()}
+
+
+def _evaluate(derivatives: Callable[[Tensor], tuple[Tensor, ...]], x: Tensor) -> tuple[Tensor, ...]:
+    try:
+        return derivatives(x)
+    except NotImplementedError:
+        if torch.is_grad_enabled():
+            raise
+        # Under no_grad the slopes of some activations (SiLU, for one) are operations without a forward mode of their own.
+        with torch.enable_grad():
+            return tuple(value.detach() for value in derivatives(x))
 
 
 def _along(function: Callable[[Tensor], Tensor], path: _Path) -> Callable[[Tensor], tuple[Tensor, ...]]:

@@ -98,7 +98,9 @@ def chebyshev_points(
     lower, upper = _ends(interval)
     # The sine of an angle around zero keeps the points symmetric to the last digit, where a cosine would not.
     angle = math.pi / (2 * (n - 1)) * torch.arange(1 - n, n, 2, dtype=torch.float64)
-    return (lower + (upper - lower) * (0.5 + 0.5 * torch.sin(angle))).to(device=device, dtype=dtype)
+    x = (lower + upper) / 2 + (upper - lower) / 2 * torch.sin(angle)
+    x[0], x[-1] = lower, upper
+    return x.to(device=device, dtype=dtype)
 
 
 def chebyshev_derivative(u: Tensor, interval: tuple[float, float] = (-1.0, 1.0), *, dim: int = -1, order: int = 1) -> Tensor:
