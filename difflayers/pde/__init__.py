@@ -1,6 +1,7 @@
 """Physics as a hard constraint: a network proposes, a solve inside it obeys the equations; and conservation laws as a projection."""
 
 from . import problems
+from .coordinates import coordinate_derivatives
 from .finite_difference import edge_derivative, finite_difference, finite_difference_weights
 from .hard_constraint import ConstraintSolution, HardConstraint
 from .rows import dirichlet, initial, integral, neumann, pde, periodic, robin
@@ -9,6 +10,11 @@ __all__ = [
     "ConstraintSolution",
     "HardConstraint",
     "dirichlet",
+from .spectral import chebyshev_derivative, chebyshev_points, spectral_derivative
+
+    "chebyshev_derivative",
+    "chebyshev_points",
+    "coordinate_derivatives",
     "edge_derivative",
     "finite_difference",
     "finite_difference_weights",
@@ -19,4 +25,5 @@ __all__ = [
     "periodic",
     "problems",
     "robin",
+    "spectral_derivative",
 ]
