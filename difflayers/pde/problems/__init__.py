@@ -1,3 +1,9 @@
 """Equations to learn from: residuals, initial conditions drawn at random, and reference solvers that can be trusted."""
 
-__all__: list[str] = []
+from .diffusion_sorption import DiffusionSorption
+from .problem import Problem
+
+__all__ = [
+    "DiffusionSorption",
+    "Problem",
+]
