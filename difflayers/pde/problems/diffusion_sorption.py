@@ -117,7 +117,7 @@ class DiffusionSorption(Problem):
         """The reference solution, on a finer mesh than this one. Not differentiable.
 
         Args:
-            initial: ``(*batch, points)``, nonnegative; linear between the points.
+            initial: ``(*batch, points)``, nonnegative; between the points a monotone cubic.
             refine: each cell of the mesh is divided into so many. None: as many as make at least 1000 cells.
             rtol: relative tolerance of a step in time.
             atol: absolute tolerance of a step in time.

@@ -62,8 +62,12 @@ def cells_for(wanted: int, cells: int) -> int:
 
 
 def refined(u: Tensor, factor: int) -> Tensor:
-    """``(*batch, n)`` → ``(*batch, (n − 1)·factor + 1)`` in float64: linear between the values given."""
-    u = u.detach().to("cpu", torch.float64)
-    part = torch.arange(factor, dtype=u.dtype) / factor
-    inner = u[..., :-1, None] + part * u.diff(dim=-1).unsqueeze(-1)
-    return torch.cat([inner.flatten(-2), u[..., -1:]], -1)
+    """``(*batch, n)`` → ``(*batch, (n − 1)·factor + 1)`` in float64, by cubics that make no new maxima or minima (PCHIP)."""
+    from scipy.interpolate import pchip_interpolate
+
+    rows = u.detach().to("cpu", torch.float64)
+    if factor == 1 or not torch.isfinite(rows).all():
+        return rows.repeat_interleave(factor, -1)[..., : (rows.shape[-1] - 1) * factor + 1]
+    coarse = torch.arange(rows.shape[-1])
+    fine = torch.arange((len(coarse) - 1) * factor + 1) / factor
+    return torch.from_numpy(pchip_interpolate(coarse.numpy(), rows.numpy(), fine.numpy(), axis=-1))
