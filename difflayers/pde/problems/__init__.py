@@ -1,3 +1,13 @@
 """Equations to learn from: residuals, initial conditions drawn at random, and reference solvers that can be trusted."""
 
-__all__: list[str] = []
+from .burgers import Burgers
+from .diffusion_sorption import DiffusionSorption
+from .fisher_kpp import FisherKPP
+from .problem import Problem
+
+__all__ = [
+    "Burgers",
+    "DiffusionSorption",
+    "FisherKPP",
+    "Problem",
+]
