@@ -26,7 +26,6 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ...errors import NotConvergedError
 from ..finite_difference import finite_difference
 from .problem import Problem
 
@@ -117,16 +116,11 @@ class Burgers(Problem):
 
         Raises:
             ShapeError: ``initial`` does not fit the mesh.
-            NotConvergedError: ``initial`` is not finite.
+            ValueError: ``initial`` has values that are not finite.
         """
         self._check_initial(initial)
         rows = initial.to("cpu", torch.float64).reshape(-1, self.points)
-        solutions = torch.empty(len(rows), self.times, self.points, dtype=torch.float64)
-        for index, row in enumerate(rows):
-            if not torch.isfinite(row).all():
-                where = tuple(int(i) for i in torch.unravel_index(torch.tensor(index), initial.shape[:-1]))
-                raise NotConvergedError(f"no reference solution for element {where}: the initial condition is not finite", indices=[where])
-            solutions[index] = self._solve_row(row, refine)
+        solutions = torch.stack([self._solve_row(row, refine) for row in rows]) if len(rows) else rows.new_empty(0, *self.grid)
         return solutions.reshape(*initial.shape[:-1], *self.grid).to(initial)
 
     def _solve_row(self, u0: Tensor, refine: int | None) -> Tensor:

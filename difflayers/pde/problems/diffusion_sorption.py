@@ -29,7 +29,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -79,6 +79,8 @@ class DiffusionSorption(Problem):
     exponent: float = 0.874
     regularization: float = 1e-6
 
+    nonnegative: ClassVar[bool] = True
+
     @property
     def sorption(self) -> float:
         """(1 − φ)/φ · ρ_s · k: what the solid takes up at u = 1, for each unit that is dissolved."""
@@ -127,6 +129,7 @@ class DiffusionSorption(Problem):
 
         Raises:
             ShapeError: ``initial`` does not fit the mesh.
+            ValueError: ``initial`` has values that are negative or not finite.
             NotConvergedError: the integrator gave up.
         """
         self._check_initial(initial)

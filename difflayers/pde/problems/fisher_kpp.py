@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -58,6 +58,8 @@ class FisherKPP(Problem):
     diffusivity: float = 5e-3
     rate: float = 5.0
     modes: int = 4
+
+    nonnegative: ClassVar[bool] = True
 
     def features(self, basis: Tensor, *args: Any) -> dict[str, Tensor]:
         """u, u_t and u_xx of each basis function."""
@@ -104,7 +106,8 @@ class FisherKPP(Problem):
 
         Raises:
             ShapeError: ``initial`` does not fit the mesh.
-            NotConvergedError: the integrator gave up, as it does where u < 0, which the equation sends to −∞.
+            ValueError: ``initial`` has negative values, which the equation sends to −∞, or such as are not finite.
+            NotConvergedError: the integrator gave up.
         """
         self._check_initial(initial)
         refine = cells_for(1000, self.points - 1) if refine is None else refine

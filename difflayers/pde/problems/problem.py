@@ -40,6 +40,7 @@ class Problem(ABC):
 
     periodic: ClassVar[bool] = False
     space_ndim: ClassVar[int] = 1
+    nonnegative: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         for name in ("length", "duration"):
@@ -127,6 +128,7 @@ class Problem(ABC):
 
         Raises:
             ShapeError: ``initial`` does not fit the mesh.
+            ValueError: ``initial`` has values that the equation does not know.
             NotConvergedError: no solution was found.
         """
 
@@ -147,7 +149,11 @@ class Problem(ABC):
 
     def _check_initial(self, initial: Tensor) -> None:
         space = self.grid[1:]
-        if initial.shape[-len(space) :] != space:
-            raise ShapeError(f"initial has shape {tuple(initial.shape)}; wanted (*batch, *space), which ends in {space}")
-        if not initial.is_floating_point():
-            raise ShapeError(f"initial is {initial.dtype}; wanted a floating-point tensor")
+        if initial.shape[-len(space) :] != space or not initial.is_floating_point():
+            raise ShapeError(
+                f"initial is {initial.dtype} of shape {tuple(initial.shape)}; wanted floating numbers, (*batch, *space), which ends in {space}"
+            )
+        if not torch.isfinite(initial).all() or (self.nonnegative and bool((initial < 0).any())):
+            raise ValueError(
+                f"initial has values that are not finite{' or negative' if self.nonnegative else ''}: look at them before solving"
+            )
