@@ -3,11 +3,13 @@
 from .burgers import Burgers
 from .diffusion_sorption import DiffusionSorption
 from .fisher_kpp import FisherKPP
+from .navier_stokes import NavierStokes
 from .problem import Problem
 
 __all__ = [
     "Burgers",
     "DiffusionSorption",
     "FisherKPP",
+    "NavierStokes",
     "Problem",
 ]
