@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from . import convex, implicit, morphology, pde, prox, rebasin, solvers, sorting, transport
     from .convex import CvxpyLayer, Projection, QPLayer
     from .morphology import Skeletonize
+    from .pde import ConservationProjection
     from .prox import (
         ConvexGradientNetwork,
         ConvolutionalInputConvexNN,
@@ -61,6 +62,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "ConservationProjection",
     "ConvexGradientNetwork",
     "ConvolutionalInputConvexNN",
     "CvxpyLayer",
@@ -94,6 +96,7 @@ __all__ = [
 
 # Where the layers are: a family is imported when it is first used.
 _FAMILY = {
+    "ConservationProjection": "pde",
     "ConvexGradientNetwork": "prox",
     "ConvolutionalInputConvexNN": "prox",
     "CvxpyLayer": "convex",
