@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from . import convex, implicit, morphology, pde, prox, rebasin, solvers, sorting, transport
     from .convex import CvxpyLayer, Projection, QPLayer
     from .morphology import Skeletonize
-    from .pde import ConservationProjection
+    from .pde import ConservationProjection, LinearConstraint
     from .prox import (
         ConvexGradientNetwork,
         ConvolutionalInputConvexNN,
@@ -68,6 +68,7 @@ __all__ = [
     "CvxpyLayer",
     "InputConvexNN",
     "LearnedProximalNetwork",
+    "LinearConstraint",
     "NonexpansiveProximalNetwork",
     "PlugAndPlay",
     "Projection",
@@ -101,6 +102,7 @@ _FAMILY = {
     "ConvolutionalInputConvexNN": "prox",
     "CvxpyLayer": "convex",
     "InputConvexNN": "prox",
+    "LinearConstraint": "pde",
     "LearnedProximalNetwork": "prox",
     "NonexpansiveProximalNetwork": "prox",
     "PlugAndPlay": "prox",

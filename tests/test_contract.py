@@ -9,6 +9,7 @@ from tests.contract import CHECKS, applies
 from tests.layers import Layer
 from tests.layers_cones import CONES
 from tests.layers_morphology import MORPHOLOGY
+from tests.layers_pde_conservation import CONSERVATION
 from tests.layers_points import POINTS
 from tests.layers_projections import PROJECTIONS
 from tests.layers_prox_learned import PROX_LEARNED
@@ -42,6 +43,7 @@ LAYERS = (
     *PROX_NETWORKS,
     *PROX_LEARNED,
     *PLUG_AND_PLAY,
+    *CONSERVATION,
 )
 
 # The slow suite adds what takes long, and, for layers that are slow themselves, the nests that the others are tried on.

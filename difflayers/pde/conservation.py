@@ -5,10 +5,10 @@ each row of G holds the weights of an integral. Conditioning the normal distribu
 
 .. math:: \tilde μ = μ - Σ G^T M^{-1} (G μ - b), \qquad \tilde Σ = Σ - Σ G^T M^{-1} G Σ, \qquad M = G Σ G^T + σ^2 I .
 
-For σ = 0 the law holds exactly, :math:`G \tilde μ = b` and :math:`G \tildeΣ = 0`, and :math:`\tilde μ` is the projection of μ in the norm of
-:math:`Σ^{-1}`: values are corrected where the prediction is unsure of them. M is as large as there are rows. A diagonal Σ costs
-O(rows · points) in memory; it is never written out as a matrix. Redundant rows with values that agree are solved by the pseudoinverse
-(:mod:`~difflayers.pde.completion`).
+For σ = 0 the law holds exactly, :math:`G \tilde μ = b` and :math:`G \tilde Σ = 0`, and :math:`\tilde μ` is the projection of μ in the norm
+of :math:`Σ^{-1}`: values are corrected where the prediction is unsure of them. M has a row and a column for each row of G. A diagonal Σ is
+never written out as a matrix: memory is O(rows · points). Redundant rows with values that agree are solved by the
+pseudoinverse (:mod:`~difflayers.pde.completion`); rows that differ by less than about 1e-6 of their size count as redundant.
 
 Reference: Hansen, Maddix, Alizadeh, Gupta and Mahoney, Learning physical models that can respect conservation laws, ICML 2023,
 arXiv:2302.11002.
@@ -44,7 +44,7 @@ class ConservationSolution(NamedTuple):
         log_likelihood: ``(*batch,)``, the log density of the value under the prediction, log N(value; G μ, M): what to maximize
             to learn the noise. Rows that are redundant have a density only among the values that they can take.
         status: ``(*batch,)`` int64 tensor of :class:`~difflayers.Status` codes.
-        residual: ``(*batch,)``, the largest \\|weights · mean − value\\| among the rows: the error of conservation.
+        residual: ``(*batch,)``, the largest distance of weights · mean from the value among the rows: the error of conservation.
     """
 
     mean: Tensor
@@ -77,8 +77,8 @@ def conservation_projection(
 
     Args:
         mean: ``(*batch, *grid)``.
-        variance: ``(*batch, *grid)``, nonnegative; with ``covariance="full"`` ``(*batch, n, n)``, n points on the grid, read as its symmetric
-            part. Ones project in the Euclidean norm.
+        variance: ``(*batch, *grid)``, nonnegative; ones project in the Euclidean norm. With ``covariance="full"`` ``(*batch, n, n)``
+            for the n points of the grid, read as its symmetric part.
         value: b, ``(*batch,)`` or a number for one row, ``(*batch, rows)`` for several.
         weights: G, ``(*grid)`` for one row; ``(rows, *grid)`` or ``(*batch, rows, *grid)`` for several.
         noise: σ, the standard deviation of the noise in the law, finite: a number, or a tensor like ``value``. Zero is exact.
@@ -113,10 +113,9 @@ def conservation_projection(
     full = covariance == "full"
     grid = _check(mean, variance, weights, grid_ndim, full)
     n, several = math.prod(grid), weights.dim() > grid_ndim
-    double = {"dtype": torch.float64, "device": mean.device}
     mu = mean.to(torch.float64).flatten(-grid_ndim)
     prior = variance.to(torch.float64) if full else variance.to(torch.float64).flatten(-grid_ndim)
-    G = (weights if several else weights.unsqueeze(0)).to(**double).flatten(-grid_ndim)
+    G = (weights if several else weights.unsqueeze(0)).to(mean.device, torch.float64).flatten(-grid_ndim)
     b = _per_row(value, "value", G.shape[-2], several, mean.device)
     sigma = _per_row(noise, "noise", G.shape[-2], several, mean.device)
     broken = ~(_finite(mu, 1) & _finite(prior, 2 if full else 1) & _finite(G, 2) & _finite(b, 1) & _finite(sigma, 1))
@@ -159,7 +158,7 @@ def conservation_projection(
     lost = status != Status.SOLVED if on_failure == "nan" else status == Status.NUMERICAL_ERROR
 
     def finished(part: Tensor, core_ndim: int) -> Tensor:
-        return torch.where(lost.reshape(*lost.shape, *[1] * core_ndim), torch.nan, part).to(mean.dtype)
+        return torch.where(lost.reshape((*lost.shape, *[1] * core_ndim)), torch.nan, part).to(mean.dtype)
 
     point = status_reported(finished(point, 1), status, residual, "conservation_projection", on_failure)
     batch = point.shape[:-1]
@@ -200,6 +199,7 @@ class ConservationProjection(nn.Module):
     """
 
     weights: Tensor
+    noise: Tensor | float
 
     def __init__(
         self,
@@ -248,13 +248,14 @@ class ConservationProjection(nn.Module):
             full_posterior: return the covariance, too.
         """
         options = {name: getattr(self, name) for name in ("covariance", "grid_ndim", "smoothness", "on_failure")}
-        inputs = (mean, variance_or_covariance, value, self.weights, self.noise)
-        return conservation_projection(*inputs, full_posterior=full_posterior, **options)
+        return conservation_projection(
+            mean, variance_or_covariance, value, self.weights, self.noise, full_posterior=full_posterior, **options
+        )
 
     def extra_repr(self) -> str:
         """The shape of the weights, the noise and the options."""
-        noise = self.noise if isinstance(self.noise, float | int) else tuple(self.noise.shape)
-        shown = [f"weights: {tuple(self.weights.shape)}", f"noise={noise}" if isinstance(self.noise, float | int) else f"noise: {noise}"]
+        noise = f"noise: {tuple(self.noise.shape)}" if isinstance(self.noise, Tensor) else f"noise={self.noise}"
+        shown = [f"weights: {tuple(self.weights.shape)}", noise]
         shown += [f"{name}={getattr(self, name)!r}" for name in ("covariance", "grid_ndim", "smoothness", "on_failure")]
         return ", ".join(shown)
 
@@ -285,7 +286,9 @@ def _check(mean: Tensor, variance: Tensor, weights: Tensor, grid_ndim: int, full
     grid = mean.shape[mean.dim() - grid_ndim :]
     n = math.prod(grid)
     if weights.shape[max(weights.dim() - grid_ndim, 0) :] != grid:
-        raise ShapeError(f"weights must have the shape (*grid) or (*batch, rows, *grid) with grid {tuple(grid)}, got {tuple(weights.shape)}")
+        raise ShapeError(
+            f"weights must have the shape (*grid) or (*batch, rows, *grid) with grid {tuple(grid)}, got {tuple(weights.shape)}"
+        )
     wanted = (n, n) if full else tuple(grid)
     if tuple(variance.shape[max(variance.dim() - len(wanted), 0) :]) != wanted:
         what = "a covariance (*batch, n, n)" if full else "a variance (*batch, *grid)"

@@ -30,7 +30,7 @@ def second_difference_rows(n: int, like: Tensor) -> Tensor:
 
 
 def second_difference_variance(variance: Tensor, correlation: float) -> Tensor:
-    """The variance of each second difference, ``(*batch, n − 2)``.
+    """The variance of each second difference, ``(*batch, n − 2)``, positive.
 
     Args:
         variance: ``(*batch, n)``, of the values.
@@ -39,4 +39,6 @@ def second_difference_variance(variance: Tensor, correlation: float) -> Tensor:
     deviation = torch.where(variance > 0, variance, 1).sqrt() * (variance > 0)  # the square root has no slope at zero
     left, middle, right = deviation[..., :-2], deviation[..., 1:-1], deviation[..., 2:]
     ends = left.square() + 4 * middle.square() + right.square()
-    return ends - 4 * correlation * middle * (left + right) + 2 * correlation**2 * left * right
+    small = ends - 4 * correlation * middle * (left + right) + 2 * correlation**2 * left * right
+    # Three values that are certain are not asked to be smooth: with any noise the row has no effect on them.
+    return torch.where(ends > 0, small, 1)
