@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from .convex import CvxpyLayer, Projection, QPLayer
     from .morphology import Skeletonize
     from .pde import HardConstraint
+    from .pde import ConservationProjection, LinearConstraint
     from .prox import (
         ConvexGradientNetwork,
         ConvolutionalInputConvexNN,
@@ -62,12 +63,14 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "ConservationProjection",
     "ConvexGradientNetwork",
     "ConvolutionalInputConvexNN",
     "CvxpyLayer",
     "HardConstraint",
     "InputConvexNN",
     "LearnedProximalNetwork",
+    "LinearConstraint",
     "NonexpansiveProximalNetwork",
     "PlugAndPlay",
     "Projection",
@@ -96,11 +99,13 @@ __all__ = [
 
 # Where the layers are: a family is imported when it is first used.
 _FAMILY = {
+    "ConservationProjection": "pde",
     "ConvexGradientNetwork": "prox",
     "ConvolutionalInputConvexNN": "prox",
     "CvxpyLayer": "convex",
     "HardConstraint": "pde",
     "InputConvexNN": "prox",
+    "LinearConstraint": "pde",
     "LearnedProximalNetwork": "prox",
     "NonexpansiveProximalNetwork": "prox",
     "PlugAndPlay": "prox",

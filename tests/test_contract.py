@@ -11,6 +11,7 @@ from tests.layers_cones import CONES
 from tests.layers_morphology import MORPHOLOGY
 from tests.layers_pde_constraint import HARD_CONSTRAINTS
 from tests.layers_pde_derivatives import PDE_DERIVATIVES
+from tests.layers_pde_conservation import CONSERVATION
 from tests.layers_points import POINTS
 from tests.layers_projections import PROJECTIONS
 from tests.layers_prox_learned import PROX_LEARNED
@@ -46,6 +47,7 @@ LAYERS = (
     *PLUG_AND_PLAY,
     *HARD_CONSTRAINTS,
     *PDE_DERIVATIVES,
+    *CONSERVATION,
 )
 
 # The slow suite adds what takes long, and, for layers that are slow themselves, the nests that the others are tried on.

@@ -15,6 +15,14 @@ from .spectral import chebyshev_derivative, chebyshev_points, spectral_derivativ
     "chebyshev_derivative",
     "chebyshev_points",
     "coordinate_derivatives",
+from .conservation import ConservationProjection, ConservationSolution, conservation_projection
+from .linear_constraint import LinearConstraint
+from .quadrature import riemann_weights, trapezoid_weights
+
+    "ConservationProjection",
+    "ConservationSolution",
+    "LinearConstraint",
+    "conservation_projection",
     "edge_derivative",
     "finite_difference",
     "finite_difference_weights",
@@ -26,4 +34,6 @@ from .spectral import chebyshev_derivative, chebyshev_points, spectral_derivativ
     "problems",
     "robin",
     "spectral_derivative",
+    "riemann_weights",
+    "trapezoid_weights",
 ]

@@ -11,5 +11,11 @@ __all__ = [
     "DiffusionSorption",
     "FisherKPP",
     "NavierStokes",
+from .porous_medium import Diffusion, GeneralizedPorousMedium, PorousMedium, Stefan
+
+    "Diffusion",
+    "GeneralizedPorousMedium",
+    "PorousMedium",
     "Problem",
+    "Stefan",
 ]
