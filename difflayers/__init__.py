@@ -44,8 +44,7 @@ if TYPE_CHECKING:
     from . import convex, implicit, morphology, pde, prox, rebasin, solvers, sorting, transport
     from .convex import CvxpyLayer, Projection, QPLayer
     from .morphology import Skeletonize
-    from .pde import HardConstraint
-    from .pde import ConservationProjection, LinearConstraint
+    from .pde import ConservationProjection, HardConstraint, LinearConstraint
     from .prox import (
         ConvexGradientNetwork,
         ConvolutionalInputConvexNN,

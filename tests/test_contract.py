@@ -9,9 +9,9 @@ from tests.contract import CHECKS, applies
 from tests.layers import Layer
 from tests.layers_cones import CONES
 from tests.layers_morphology import MORPHOLOGY
+from tests.layers_pde_conservation import CONSERVATION
 from tests.layers_pde_constraint import HARD_CONSTRAINTS
 from tests.layers_pde_derivatives import PDE_DERIVATIVES
-from tests.layers_pde_conservation import CONSERVATION
 from tests.layers_points import POINTS
 from tests.layers_projections import PROJECTIONS
 from tests.layers_prox_learned import PROX_LEARNED

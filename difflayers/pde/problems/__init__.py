@@ -4,17 +4,16 @@ from .burgers import Burgers
 from .diffusion_sorption import DiffusionSorption
 from .fisher_kpp import FisherKPP
 from .navier_stokes import NavierStokes
+from .porous_medium import Diffusion, GeneralizedPorousMedium, PorousMedium, Stefan
 from .problem import Problem
 
 __all__ = [
     "Burgers",
+    "Diffusion",
     "DiffusionSorption",
     "FisherKPP",
-    "NavierStokes",
-from .porous_medium import Diffusion, GeneralizedPorousMedium, PorousMedium, Stefan
-
-    "Diffusion",
     "GeneralizedPorousMedium",
+    "NavierStokes",
     "PorousMedium",
     "Problem",
     "Stefan",
