@@ -39,7 +39,9 @@ def _router(basis: Tensor, source: Tensor, factor: Tensor, logits: Tensor) -> Te
 
 def _mixture(routed: bool, **options: Any) -> MixtureOfConstraints:
     constraint = HardConstraint(_residual, features=_features, rows=[dirichlet(_left_value, dim=0, weight=2.0)], **options)
-    return MixtureOfConstraints(constraint, _router) if routed else MixtureOfConstraints(constraint, _LABELS, overlap=1, interface_weight=1.5)
+    return (
+        MixtureOfConstraints(constraint, _router) if routed else MixtureOfConstraints(constraint, _LABELS, overlap=1, interface_weight=1.5)
+    )
 
 
 def _call(routed: bool, **fixed: Any) -> Function:

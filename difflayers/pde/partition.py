@@ -158,7 +158,9 @@ def hard_cut(labels: Tensor, grid_ndim: int, *, overlap: int = 0) -> Cut:
     experts = _count(labels)
     missing = sorted(set(range(experts)) - set(labels.unique().tolist())) if labels.dim() == grid_ndim else []
     if missing:
-        raise ShapeError(f"labels must be 0 … E − 1, each of them somewhere: the largest is {experts - 1}, and no point has label {missing[0]}")
+        raise ShapeError(
+            f"labels must be 0 … E − 1, each of them somewhere: the largest is {experts - 1}, and no point has label {missing[0]}"
+        )
     if experts == 1:
         overlap = 0
     owned = labels.unsqueeze(-grid_ndim - 1) == torch.arange(experts, device=labels.device).reshape(-1, *[1] * grid_ndim)
