@@ -54,8 +54,8 @@ def levenberg_marquardt(
         max_iter: trial points.
         damping: the first μ.
         normal_equations: as in :func:`gauss_newton`.
-        hessian: ``x -> ∇²(½‖r‖²)`` of shape ``(*batch, n, n)``. With it the problems on which Gauss–Newton's model is slow (large residuals)
-            take Newton's from then on, wherever it is convex, and end in a few steps.
+        hessian: ``x -> ∇²(½‖r‖²)`` of shape ``(*batch, n, n)``. With it the problems on which Gauss–Newton's model is slow (large
+            residuals) take Newton's from then on, wherever it is convex, and end in a few steps.
 
     Returns:
         :class:`~difflayers.Solution`. NUMERICAL_ERROR: r is not finite at the start, or no step decreases the sum of squares.
@@ -190,8 +190,8 @@ def _minimize(
 
 
 def _damped_step(model: Tensor, weights: Tensor, gradient: Tensor, mu: Tensor) -> Tensor:
-    """d of (M + μ D) d = −Jᵀr, M the model's matrix, computed in the scaled unknowns √D d; an unknown on which r doesn't depend stays where it is."""
-    scale = torch.where(weights > 0, weights, 1)
+    """d of (M + μ D) d = −Jᵀr, M the model's matrix, computed in the scaled unknowns √D d; an unknown on which r doesn't depend stays where
+    it is.""" scale = torch.where(weights > 0, weights, 1)
     normal = model / scale[..., None, :] / scale[..., None] + torch.diag_embed(torch.where(weights > 0, mu[..., None], 1))
     factor, info = torch.linalg.cholesky_ex(normal)
     step = -torch.cholesky_solve((gradient / scale)[..., None], factor).squeeze(-1) / scale

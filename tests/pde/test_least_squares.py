@@ -20,7 +20,7 @@ def curved(z: dict[str, Tensor], c: Tensor) -> Tensor:
     return z["u"] + 0.2 * z["u"] ** 2 - c
 
 
-def fit(T: Tensor, c: Tensor, **options: object):  # noqa: ANN201
+def fit(T: Tensor, c: Tensor, **options: object):
     return solve_rows(torch.zeros(*c.shape[:-1], T.shape[-1], dtype=D), [PointRows(curved, {"u": T}, (c,))], options=FitOptions(**options))
 
 
