@@ -5,8 +5,8 @@ r"""Derivatives of a network in its coordinates: one first derivative inside ano
 
 Each :math:`\partial_i` is a Jacobian-vector product with the unit vector :math:`e_i`, at a cost that does not grow with the number of
 outputs; or, for a function of one output, the entry i of a vector-Jacobian product. A pass carries the lower derivatives along, so u,
-u_x and u_xx come out of one. Partial derivatives commute: paths are sorted, the longest are taken first, and what has come out of them is not
-computed again. A pass of order m costs about 2ᵐ evaluations.
+u_x and u_xx come out of one. Partial derivatives commute: paths are sorted, the longest are taken first, and what has come out of them
+is not computed again. A pass of order m costs about 2ᵐ evaluations.
 
 Reference: Griewank and Walther, Evaluating Derivatives, 2nd edition, SIAM (2008), chapter 3.
 """
