@@ -9,7 +9,7 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.func import functional_call, grad, jacrev, jvp, vmap
 
 from difflayers.errors import ShapeError
-from difflayers.pde import coordinate_derivatives, finite_difference
+from difflayers.pde import HardConstraint, coordinate_derivatives, dirichlet, finite_difference
 
 
 def _network(outputs: int = 3) -> nn.Module:
@@ -139,3 +139,22 @@ def test_refusals() -> None:
         coordinate_derivatives(_network(), _points(5), [(0,)], mode="reverse")
     with pytest.raises(ValueError, match="mode must be"):
         coordinate_derivatives(torch.sin, torch.zeros(3, 2), [(0,)], mode="both")
+
+
+def test_as_features_of_a_hard_constraint() -> None:
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Linear(1, 16), nn.Tanh(), nn.Linear(16, 5)).double()
+    x = torch.linspace(0, 1, 30, dtype=torch.float64).unsqueeze(-1)
+    growth = HardConstraint(
+        lambda z, _: z["u_x"] - z["u"] * (1 - z["u"]), features=lambda _, d: d, rows=[dirichlet(0.2, dim=0, weight=10.0)]
+    )
+
+    def solution(*parameters: Tensor) -> Tensor:
+        named = dict(zip(dict(network.named_parameters()), parameters, strict=True))
+        d = coordinate_derivatives(lambda p: functional_call(network, named, (p,)), x, {"u": (), "u_x": (0,)})
+        return growth(d["u"], d)
+
+    parameters = tuple(network.parameters())
+    exact = 1 / (1 + 4 * torch.exp(-x.squeeze(-1)))
+    torch.testing.assert_close(solution(*parameters), exact, rtol=0, atol=1e-3)
+    assert gradcheck(solution, parameters, fast_mode=True, eps=1e-5, atol=1e-4)
