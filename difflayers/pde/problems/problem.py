@@ -150,9 +150,8 @@ class Problem(ABC):
     def _check_initial(self, initial: Tensor) -> None:
         space = self.grid[1:]
         if initial.shape[-len(space) :] != space or not initial.is_floating_point():
-            raise ShapeError(
-                f"initial is {initial.dtype} of shape {tuple(initial.shape)}; wanted floating numbers, (*batch, *space), which ends in {space}"
-            )
+            came = f"{initial.dtype} of shape {tuple(initial.shape)}"
+            raise ShapeError(f"initial is {came}; wanted floating numbers, (*batch, *space), where space is {space}")
         if not torch.isfinite(initial).all() or (self.nonnegative and bool((initial < 0).any())):
             raise ValueError(
                 f"initial has values that are not finite{' or negative' if self.nonnegative else ''}: look at them before solving"
