@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from ..finite_difference import finite_difference
+from ..rows import BoundaryRows, initial
 from .problem import Problem
 
 __all__ = ["Burgers"]
@@ -84,6 +85,14 @@ class Burgers(Problem):
     def residual(self, products: dict[str, Tensor], *args: Any) -> Tensor:
         """u_t + u u_x − ν u_xx."""
         return products["u_t"] + products["u"] * products["u_x"] - self.viscosity * products["u_xx"]
+
+    def rows(self, *, weight: float = 1.0) -> list[BoundaryRows]:
+        """The initial condition, whose values are the argument of the constraint. The features are periodic as they are.
+
+        Args:
+            weight: of these rows; the equation itself has 1.
+        """
+        return [initial(lambda u0, *_: u0, weight=weight)]
 
     def initial(
         self,

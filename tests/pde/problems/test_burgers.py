@@ -79,7 +79,7 @@ def test_without_viscosity_shocks_have_the_right_place_and_height() -> None:
         lower, upper = 0.0, 0.5 - 1e-9
         for _ in range(60):
             middle = (lower + upper) / 2
-            lower, upper = (middle, upper) if middle + t * math.sin(2 * math.pi * middle) > 0.5 else (lower, middle)
+            lower, upper = (lower, middle) if middle + t * math.sin(2 * math.pi * middle) > 0.5 else (middle, upper)
         height = math.sin(2 * math.pi * lower)
         jump = u[k] - u[k].roll(-1)
         where = (float(problem.x[jump.argmax()]) - mean * t) % 1
