@@ -28,7 +28,7 @@ from torch import Tensor
 
 from ..finite_difference import finite_difference
 from ..rows import BoundaryRows, initial
-from .problem import Problem
+from .problem import Problem, initial_values
 
 __all__ = ["Burgers"]
 
@@ -92,7 +92,7 @@ class Burgers(Problem):
         Args:
             weight: of these rows; the equation itself has 1.
         """
-        return [initial(lambda u0, *_: u0, weight=weight)]
+        return [initial(initial_values, weight=weight)]
 
     def initial(
         self,

@@ -113,7 +113,7 @@ class DiffusionSorption(Problem):
             weight: of all these rows; the equation itself has 1.
         """
         return [
-            initial(lambda u0, *_: torch.cat([torch.ones_like(u0[..., :1]), u0[..., 1:]], -1), relative=True, weight=weight),
+            initial(_with_left_end, relative=True, weight=weight),
             dirichlet(1.0, dim=1, weight=weight),
             robin(0.0, self.spacing[1], dim=1, side="upper", b=self.diffusivity, weight=weight),
         ]
@@ -166,3 +166,7 @@ class DiffusionSorption(Problem):
             return net / self.retardation(u)
 
         return rate
+
+
+def _with_left_end(initial: Tensor, *args: Any) -> Tensor:
+    return torch.cat([torch.ones_like(initial[..., :1]), initial[..., 1:]], -1)

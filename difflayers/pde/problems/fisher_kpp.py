@@ -24,7 +24,7 @@ from torch import Tensor
 from ..finite_difference import finite_difference
 from ..rows import BoundaryRows, initial, neumann
 from .method_of_lines import cells_for, method_of_lines, refined
-from .problem import Problem
+from .problem import Problem, initial_values
 
 __all__ = ["FisherKPP"]
 
@@ -84,7 +84,7 @@ class FisherKPP(Problem):
         """
         dx = self.spacing[1]
         return [
-            initial(lambda u0, *_: u0, weight=weight),
+            initial(initial_values, weight=weight),
             neumann(0.0, dx, dim=1, weight=weight),
             neumann(0.0, dx, dim=1, side="upper", weight=weight),
         ]

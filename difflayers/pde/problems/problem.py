@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ...errors import ShapeError
 
-__all__ = ["Problem"]
+__all__ = ["Problem", "initial_values"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,3 +156,8 @@ class Problem(ABC):
             raise ValueError(
                 f"initial has values that are not finite{' or negative' if self.nonnegative else ''}: look at them before solving"
             )
+
+
+def initial_values(initial: Tensor, *args: Any) -> Tensor:
+    """The first argument of a constraint, which the initial rows of a problem take for their values."""
+    return initial

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pickle
+
 import pytest
 import torch
 from torch import Tensor
@@ -46,5 +48,6 @@ def test_a_constraint_finds_the_reference_in_its_basis(problem: DiffusionSorptio
     sampled = HardConstraint(
         problem.residual, features=problem.features, rows=problem.rows(weight=weight), grid_ndim=2, ridge=1e-4, x0=0.3, points=400
     )
+    sampled = pickle.loads(pickle.dumps(sampled))
     again = sampled(basis.detach(), u0, generator=torch.Generator().manual_seed(1))
     assert ((again - u).flatten(1).norm(dim=-1) / u.flatten(1).norm(dim=-1) < 0.02).all()
