@@ -9,6 +9,9 @@ from tests.contract import CHECKS, applies
 from tests.layers import Layer
 from tests.layers_cones import CONES
 from tests.layers_morphology import MORPHOLOGY
+from tests.layers_pde_conservation import CONSERVATION
+from tests.layers_pde_constraint import HARD_CONSTRAINTS
+from tests.layers_pde_derivatives import PDE_DERIVATIVES
 from tests.layers_points import POINTS
 from tests.layers_projections import PROJECTIONS
 from tests.layers_prox_learned import PROX_LEARNED
@@ -42,6 +45,9 @@ LAYERS = (
     *PROX_NETWORKS,
     *PROX_LEARNED,
     *PLUG_AND_PLAY,
+    *HARD_CONSTRAINTS,
+    *PDE_DERIVATIVES,
+    *CONSERVATION,
 )
 
 # The slow suite adds what takes long, and, for layers that are slow themselves, the nests that the others are tried on.

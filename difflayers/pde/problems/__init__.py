@@ -4,12 +4,17 @@ from .burgers import Burgers
 from .diffusion_sorption import DiffusionSorption
 from .fisher_kpp import FisherKPP
 from .navier_stokes import NavierStokes
+from .porous_medium import Diffusion, GeneralizedPorousMedium, PorousMedium, Stefan
 from .problem import Problem
 
 __all__ = [
     "Burgers",
+    "Diffusion",
     "DiffusionSorption",
     "FisherKPP",
+    "GeneralizedPorousMedium",
     "NavierStokes",
+    "PorousMedium",
     "Problem",
+    "Stefan",
 ]

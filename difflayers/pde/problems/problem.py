@@ -151,7 +151,7 @@ class Problem(ABC):
         space = self.grid[1:]
         if initial.shape[-len(space) :] != space or not initial.is_floating_point():
             raise ShapeError(
-                f"initial is {initial.dtype} of shape {tuple(initial.shape)}; wanted floating numbers, (*batch, *space), which ends in {space}"
+                f"initial is {initial.dtype} of shape {tuple(initial.shape)}; wanted floating numbers (*batch, *space), space being {space}"
             )
         if not torch.isfinite(initial).all() or (self.nonnegative and bool((initial < 0).any())):
             raise ValueError(

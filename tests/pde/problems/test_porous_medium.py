@@ -1,0 +1,124 @@
+"""The generalized porous medium equation: exact solutions, masses, and the reference solver that converges to them."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from difflayers.errors import ShapeError
+from difflayers.pde.problems import Diffusion, PorousMedium, Stefan
+
+
+def initial(problem: Diffusion, batch: int = 2) -> Tensor:
+    return problem.initial(batch, generator=torch.Generator().manual_seed(0))
+
+
+def error(make: Any, points: int) -> float:
+    problem = make(points)
+    return float((problem.solve(refine=1) - problem.exact()).abs().mean())
+
+
+def test_diffusion() -> None:
+    coarse, fine = (Diffusion(points=points, times=5) for points in (33, 65))
+    errors = [float((p.solve(initial(p), refine=1) - p.exact(initial(p))).abs().max()) for p in (coarse, fine)]
+    assert 3.8 < errors[0] / errors[1] < 4.2
+    exact = fine.exact(initial(fine))
+    torch.testing.assert_close(exact[:, 0], initial(fine))
+    torch.testing.assert_close(torch.trapezoid(exact, fine.x), fine.mass(initial(fine)), rtol=0, atol=2e-3)
+    dense = Diffusion(points=257, times=257)
+    residual = dense.mesh_residual(dense.exact(initial(dense)))
+    assert residual[:, 20:-2, 2:-2].abs().max() < 5e-3
+
+
+@pytest.mark.parametrize("exponent", [1.0, 2.0, 3.0])
+def test_porous_medium(exponent: float) -> None:
+    def make(points: int) -> PorousMedium:
+        return PorousMedium(points=points, times=4, exponent=exponent)
+
+    errors = [error(make, points) for points in (26, 51)]
+    assert errors[1] < 0.6 * errors[0] < 1e-3
+    problem = make(2001)
+    torch.testing.assert_close(torch.trapezoid(problem.exact(), problem.x), problem.mass(), rtol=0, atol=1e-4)
+    behind = problem.x > problem.front()[:, None] + 1e-12
+    assert (problem.exact()[behind] == 0).all()
+    assert (problem.exact()[:, :-1][~behind[:, 1:]] > 0).all()
+
+
+def test_the_residual_of_a_smooth_solution_is_zero() -> None:
+    problem = PorousMedium(points=201, times=201, exponent=1.0, duration=0.9)
+    before = problem.t[:, None] - problem.x > 0.05
+    assert problem.mesh_residual(problem.exact())[before].abs().max() < 1e-10  # it is linear there
+    problem = PorousMedium(points=401, times=401, exponent=2.0)
+    before = problem.t[:, None] - problem.x > 0.2
+    assert problem.mesh_residual(problem.exact())[before].abs().max() < 2e-3
+
+
+def test_barenblatt_keeps_its_mass() -> None:
+    errors = []
+    for points in (41, 81):
+        problem = PorousMedium(points=points, times=5, driven=False, length=2.0, duration=0.5)
+        exact = problem.barenblatt(0.1, 0.5)
+        assert (exact[:, 0] == 0).all()
+        torch.testing.assert_close(torch.trapezoid(exact, problem.x), torch.full((5,), 0.5, dtype=torch.float64), rtol=0, atol=1e-2)
+        u = problem.solve(exact[0], refine=1)
+        mass = torch.trapezoid(u, problem.x)
+        assert (mass - mass[0]).abs().max() < 1e-8
+        errors.append(float((u - exact).abs().mean()))
+    assert errors[1] < 0.7 * errors[0] < 2e-3
+
+
+@pytest.mark.parametrize("low", [0.0, 0.1])
+@pytest.mark.parametrize("threshold", [0.5, 0.7])
+def test_stefan(low: float, threshold: float) -> None:
+    def make(points: int) -> Stefan:
+        return Stefan(points=points, times=5, threshold=threshold, low=low)
+
+    errors = [error(make, points) for points in (26, 101)]
+    assert errors[1] < 0.4 * errors[0] < 0.01
+    problem = make(4001)
+    exact, front = problem.exact(), problem.front()
+    torch.testing.assert_close(torch.trapezoid(exact, problem.x)[1:], problem.mass()[1:], rtol=0, atol=2e-4)
+    assert problem.mass()[0] == 0
+    assert ((exact >= threshold) == (problem.x <= front[:, None]))[1:].all()
+    # The same flux on both sides of the front.
+    if low:
+        here = torch.searchsorted(problem.x, front[-1:]).item()
+        slopes = exact[-1].diff() / problem.x[1]
+        torch.testing.assert_close(problem.high * slopes[here - 2], low * slopes[here + 1], rtol=2e-2, atol=0)
+
+
+def test_stefan_with_one_coefficient_is_diffusion() -> None:
+    problem = Stefan(points=11, times=3, high=2.0, low=2.0)
+    exact = torch.erfc(problem.x / (2 * (2 * problem.t[1:, None]).sqrt()))
+    torch.testing.assert_close(problem.exact()[1:], exact)
+
+
+def test_the_mass_where_the_front_leaves_the_interval() -> None:
+    problem = Stefan(points=2001, times=4, duration=2.0, threshold=0.3)
+    assert problem.front()[-1] > problem.length
+    torch.testing.assert_close(torch.trapezoid(problem.exact(), problem.x)[1:], problem.mass()[1:], rtol=0, atol=1e-4)
+
+
+def test_the_flux_fills_the_interval() -> None:
+    # dM/dt is the flux at the left end: conservation, in the closed forms themselves.
+    problem = Stefan(points=2001, times=2001)
+    flux = problem.high * (1 - problem.threshold) / math.erf(problem.speed / 2) / (math.pi * problem.t[1:]).sqrt()
+    rate = (problem.mass()[2:] - problem.mass()[:-2]) / (problem.t[2:] - problem.t[:-2])
+    torch.testing.assert_close(rate[100:], flux[100:-1], rtol=1e-4, atol=0)
+
+
+def test_refuses() -> None:
+    with pytest.raises(ValueError, match="exponent"):
+        PorousMedium(exponent=0.5)
+    with pytest.raises(ValueError, match="front"):
+        PorousMedium(duration=2.0)
+    with pytest.raises(ValueError, match="threshold"):
+        Stefan(threshold=1.0)
+    with pytest.raises(ValueError, match="low"):
+        Stefan(low=2.0)
+    with pytest.raises(ShapeError, match="points = 101"):
+        Stefan().solve(torch.zeros(5))
