@@ -60,7 +60,7 @@ problem = Burgers(points=64, times=41, viscosity=0.02, duration=0.4, modes=2)
 
 
 class Proposal(nn.Module):
-    """Initial conditions ``(batch, points)`` → basis functions ``(batch, times, points, BASIS)``, of which the first is constant in time."""
+    """Initial conditions ``(batch, points)`` → basis functions ``(batch, times, points, BASIS)``; the first is constant in time."""
 
     def __init__(self, width: int = 24) -> None:
         super().__init__()
@@ -192,3 +192,25 @@ for label, cost in [("one process", found["alone"]), *((f"process {rank}", cost)
     print(f"{label:26}{cost[0]:10.2f}{cost[1]:13.2f}{cost[2]:10.2f}")
 before, after = found["errors"].tolist()
 print(f"\nerror on initial conditions never seen: {before:.4f} before training, {after:.4f} after {options.steps} steps")
+
+figure, axes = plt.subplots(1, 4, figsize=(15, 3.6), layout="constrained")
+error = found["u"] - found["truth"]
+worst = int(error.flatten(1).norm(dim=1).argsort()[len(error) // 2])
+extent = (0, problem.length, 0, problem.duration)
+shown = (("solution", found["truth"][worst]), ("network + experts", found["u"][worst]), ("error", error[worst]))
+scale = float(found["truth"][worst].abs().max())
+for axis, (title, field) in zip(axes, shown, strict=False):
+    limit = float(field.abs().max()) if title == "error" else scale
+    image = axis.imshow(field, origin="lower", aspect="auto", extent=extent, cmap="RdBu", vmin=-limit, vmax=limit)
+    figure.colorbar(image, ax=axis)
+    for i in range(1, PARTITION[0]):
+        axis.axhline(i * problem.duration / PARTITION[0], color="black", linewidth=0.5)
+    for i in range(1, PARTITION[1]):
+        axis.axvline(i * problem.length / PARTITION[1], color="black", linewidth=0.5)
+    axis.set(title=title, xlabel="x", ylabel="t")
+axes[3].semilogy(found["losses"])
+axes[3].set(title="loss: equation, start and jumps", xlabel="training step")
+
+(script_folder := Path(__file__).parent if "__file__" in globals() else Path.cwd()).joinpath("figures").mkdir(exist_ok=True)
+figure.savefig(script_folder / "figures" / "distributed_experts.png", dpi=150)
+print("figure saved: figures/distributed_experts.png")
