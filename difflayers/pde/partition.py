@@ -79,7 +79,7 @@ class Domains(NamedTuple):
         return Domains(None if self.index is None else self.index[..., experts, :], self.weight[..., experts, :])
 
     def take(self, field: Tensor) -> Tensor:
-        """The values ``(*batch, E, P, N)`` of ``field`` ``(*batch, size, N)`` at the points of every expert, or ``(*batch, 1, size, N)``."""
+        """``field`` ``(*batch, size, N)`` at the points of every expert, ``(*batch, E, P, N)``, or as ``(*batch, 1, size, N)``."""
         if self.index is None:
             return field.unsqueeze(-3)
         if self.index.dim() == 2:

@@ -190,8 +190,8 @@ def _minimize(
 
 
 def _damped_step(model: Tensor, weights: Tensor, gradient: Tensor, mu: Tensor) -> Tensor:
-    """d of (M + μ D) d = −Jᵀr, M the model's matrix, computed in the scaled unknowns √D d; an unknown on which r doesn't depend stays where
-    it is.""" scale = torch.where(weights > 0, weights, 1)
+    """d of (M + μ D) d = −Jᵀr in the scaled unknowns √D d, M being the model's; an unknown on which r doesn't depend stays where it is."""
+    scale = torch.where(weights > 0, weights, 1)
     normal = model / scale[..., None, :] / scale[..., None] + torch.diag_embed(torch.where(weights > 0, mu[..., None], 1))
     factor, info = torch.linalg.cholesky_ex(normal)
     step = -torch.cholesky_solve((gradient / scale)[..., None], factor).squeeze(-1) / scale
