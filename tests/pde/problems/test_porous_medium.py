@@ -68,7 +68,7 @@ def test_barenblatt_keeps_its_mass() -> None:
         mass = torch.trapezoid(u, problem.x)
         assert (mass - mass[0]).abs().max() < 1e-8
         errors.append(float((u - exact).abs().mean()))
-    assert errors[1] < 0.7 * errors[0] < 2e-3
+    assert errors[1] < 0.7 * errors[0] < 2.5e-3
 
 
 @pytest.mark.parametrize("low", [0.0, 0.1])
