@@ -24,7 +24,7 @@ tensor([[ 0.5000, -0.5000,  0.0000]])
 ``difflayers.prox``       proximal ``operators``: :class:`Prox`; networks that are proximal operators: :class:`LearnedProximalNetwork`;
                           plug-and-play reconstruction: :class:`PlugAndPlay`
 ``difflayers.morphology`` skeletons that gradients can pass through: :class:`Skeletonize`; soft clDice, Betti numbers
-``difflayers.pde``        physics as a hard constraint inside a network, mixtures of experts, conservation laws
+``difflayers.pde``        physics as a hard constraint inside a network: :class:`HardConstraint`, mixtures of experts, conservation laws
 ``difflayers.implicit``   the core: ``implicit_root``, ``implicit_fixed_point``, ``custom_root``,
                           ``linear_solve``, ``conditions``
 ``difflayers.solvers``    how a solution is found: batched loops that stop element by element
@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from . import convex, implicit, morphology, pde, prox, rebasin, solvers, sorting, transport
     from .convex import CvxpyLayer, Projection, QPLayer
     from .morphology import Skeletonize
-    from .pde import ConservationProjection, LinearConstraint
+    from .pde import ConservationProjection, HardConstraint, LinearConstraint
     from .prox import (
         ConvexGradientNetwork,
         ConvolutionalInputConvexNN,
@@ -66,6 +66,7 @@ __all__ = [
     "ConvexGradientNetwork",
     "ConvolutionalInputConvexNN",
     "CvxpyLayer",
+    "HardConstraint",
     "InputConvexNN",
     "LearnedProximalNetwork",
     "LinearConstraint",
@@ -101,6 +102,7 @@ _FAMILY = {
     "ConvexGradientNetwork": "prox",
     "ConvolutionalInputConvexNN": "prox",
     "CvxpyLayer": "convex",
+    "HardConstraint": "pde",
     "InputConvexNN": "prox",
     "LinearConstraint": "pde",
     "LearnedProximalNetwork": "prox",

@@ -10,6 +10,8 @@ from tests.layers import Layer
 from tests.layers_cones import CONES
 from tests.layers_morphology import MORPHOLOGY
 from tests.layers_pde_conservation import CONSERVATION
+from tests.layers_pde_constraint import HARD_CONSTRAINTS
+from tests.layers_pde_derivatives import PDE_DERIVATIVES
 from tests.layers_points import POINTS
 from tests.layers_projections import PROJECTIONS
 from tests.layers_prox_learned import PROX_LEARNED
@@ -43,6 +45,8 @@ LAYERS = (
     *PROX_NETWORKS,
     *PROX_LEARNED,
     *PLUG_AND_PLAY,
+    *HARD_CONSTRAINTS,
+    *PDE_DERIVATIVES,
     *CONSERVATION,
 )
 

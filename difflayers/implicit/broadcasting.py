@@ -13,10 +13,11 @@ from ..solution import OnFailure, Solution
 from .function import Problem
 from .methods import LinearMethod
 
-__all__ = ["BroadcastingProblem", "ExplicitProblem"]
+__all__ = ["BroadcastingProblem", "ExplicitProblem", "not_there"]
 
 
-def _not_there(*_: Any) -> Any:
+def not_there(*_: Any) -> Any:
+    """In the place of a solver or a residual that is never called."""
     raise RuntimeError("this problem finds its own solution, and has a residual only where something is differentiated through it")
 
 
@@ -37,7 +38,7 @@ class BroadcastingProblem(Problem, abc.ABC):
     core_ndims: tuple[int, ...] = ()
 
     def __init__(self, batch_ndim: int, *, residual: Callable[..., Tensor] | None = None, on_failure: OnFailure = "raise") -> None:
-        super().__init__(residual or _not_there, _not_there, LinearMethod(), batch_ndim=batch_ndim, on_failure=on_failure)
+        super().__init__(residual or not_there, not_there, LinearMethod(), batch_ndim=batch_ndim, on_failure=on_failure)
 
     @abc.abstractmethod
     def find(self, x0: Tensor, theta: Sequence[Any]) -> Any:

@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from ..errors import ShapeError
-from ..pytree import is_differentiable
+from ..pytree import is_differentiable, is_floating
 from ..solution import OnFailure, Solution, Status, report_failures
 from ..solvers.linearize import block_jacobian, jvp, vjp, without_saved_tensor_hooks
 from .methods import LinearMethod
@@ -38,6 +38,7 @@ __all__ = [
     "apply_anywhere",
     "check_residual",
     "in_a_transform",
+    "nan_free",
     "nan_where_failed",
     "solve_implicitly",
 ]
@@ -95,6 +96,16 @@ def nan_where_failed(found: Solution, on_failure: OnFailure) -> Tensor:
     if on_failure != "nan":
         return found.x
     return torch.where((found.status == Status.SOLVED).unsqueeze(-1), found.x, torch.nan)
+
+
+def nan_free(theta: Sequence[Any], lost: Tensor) -> list[Any]:
+    """θ without its NaNs, if some elements are ``lost`` to them: one would come back as 0 · NaN in the gradient of what it shares.
+
+    Args:
+        theta: the arguments; what is no real floating tensor stays.
+        lost: ``(*batch,)`` bool.
+    """
+    return [torch.where(torch.isnan(leaf) & lost.any(), 0, leaf) if is_floating(leaf) else leaf for leaf in theta]
 
 
 class _Residual:

@@ -21,13 +21,13 @@ from torch.utils import _pytree
 
 from .. import solvers
 from ..errors import ShapeError
-from ..pytree import Raveler, is_floating
+from ..pytree import Raveler
 from ..solution import OnFailure, Solution, Status, report_failures
 from ..solvers.linearize import jvp
 from .call import call_outside
 from .closure import hoist, visible_to_modes
 from .eager import eager
-from .function import Problem, check_residual, nan_where_failed, solve_implicitly
+from .function import Problem, check_residual, nan_free, nan_where_failed, solve_implicitly
 from .methods import LinearMethod
 
 __all__ = ["ImplicitRoot", "custom_root", "implicit_root", "root_jvp", "root_vjp"]
@@ -169,10 +169,8 @@ class ImplicitRoot:
         if self.on_failure != "nan":
             found = solve_implicitly(problem, start, theta)
             return found._replace(x=raveler.unravel(found.x))
-        # A NaN in the data of one element would come back as 0 · NaN in its gradient, and in those of arguments that it shares.
         lost = ~torch.isfinite(first).all(-1)
-        theta = [torch.where(torch.isnan(leaf) & lost.any(), 0, leaf) if is_floating(leaf) else leaf for leaf in theta]
-        found = solve_implicitly(problem, start, theta)
+        found = solve_implicitly(problem, start, nan_free(theta, lost))
         found = found._replace(status=torch.where(lost, int(Status.NUMERICAL_ERROR), found.status))
         return found._replace(x=raveler.unravel(nan_where_failed(found, "nan")))
 

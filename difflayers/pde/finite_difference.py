@@ -5,10 +5,10 @@ The derivative of order m at the point x is that of the polynomial through the s
 .. math:: u^{(m)}(x) = \sum_j w_j\, u(x + d_j) + O(h^p), \qquad
    w_j = m!\,[t^m] \prod_{i \ne j} \frac{t - d_i}{d_j - d_i},
 
-where :math:`[t^m]` takes a coefficient. On a uniform mesh the points lie centrally (for even m one of the weights is then zero), and the same
-m + p points, pushed inwards, close the formula at an edge with the same accuracy. There the weights are computed in exact rational
-arithmetic, once. On any other mesh they are ordinary tensors, one row for each point, and may be differentiated in the coordinates.
-The formula is applied by slices: nothing of the size n × n is ever made.
+where :math:`[t^m]` takes a coefficient. The points lie around x, as centrally as they can (on a uniform mesh, for
+even m, one of the weights is then zero); at an edge m + p points pushed inwards close the formula with the same accuracy. The weights of
+a uniform mesh are computed in exact rational arithmetic, once. Those of any other mesh are ordinary tensors, one row for each point, and
+may be differentiated in the coordinates. The formula is applied by slices: nothing of the size n × n is ever made.
 
 Reference: Fornberg, Generation of finite difference formulas on arbitrarily spaced grids, Mathematics of Computation 51 (1988).
 """
@@ -26,6 +26,7 @@ from torch import Tensor
 
 from ..errors import ShapeError
 from ..implicit.function import in_a_transform
+from .mesh_arguments import check_values
 
 __all__ = ["Boundary", "Side", "edge_derivative", "finite_difference", "finite_difference_weights"]
 
@@ -43,8 +44,8 @@ def finite_difference(
 
     Args:
         u: ``(..., n, ...)``, floating, with the mesh along ``dim`` and anything in the other dimensions.
-        spacing: the distance of two neighbours, a number or a tensor without dimensions; or the coordinates of the points, ``(n,)``, strictly
-            monotone. Coordinates are better given in float64, also where u is float32: their differences lose digits.
+        spacing: the distance of two neighbours, a number or a tensor without dimensions; or the coordinates of the points, ``(n,)``,
+            strictly monotone. Coordinates are better given in float64, also where u is float32: their differences lose digits.
         dim: the dimension to differentiate along.
         order: of the derivative, at least 1.
         accuracy: the power of the spacing that the error goes with, even; at the edges, too.
@@ -130,9 +131,10 @@ def edge_derivative(u: Tensor, spacing: Tensor | float, *, dim: int, side: Side 
     _check_points(n, points, dim, u)
     start = 0 if side == "lower" else n - points
     if isinstance(spacing, Tensor) and spacing.dim() == 1:
-        _check_monotone(spacing)
+        broken = _check_monotone(spacing)
         x = spacing.narrow(0, start, points)
-        weights = finite_difference_weights(x - (x[0] if side == "lower" else x[-1]), order).to(u.dtype)
+        weights = finite_difference_weights(x - (x[0] if side == "lower" else x[-1]), order)
+        weights = torch.where(broken, torch.nan, weights).to(u.dtype)
     else:
         offsets = range(points) if side == "lower" else range(1 - points, 1)
         weights = torch.tensor(_weights(offsets, order), dtype=u.dtype, device=u.device) / spacing**order
@@ -143,8 +145,8 @@ def finite_difference_weights(offsets: Tensor | Sequence[float], order: int) -> 
     """The weights of values at x + offsets in the derivative at x: exact on polynomials of lower degree than there are offsets.
 
     Args:
-        offsets: numbers, for weights correct to the last digit; or a floating tensor ``(*batch, s)``, for weights that can be differentiated.
-            All of them different.
+        offsets: numbers, for weights correct to the last digit; or a floating tensor ``(*batch, s)``, for weights that can be
+            differentiated. All of them different.
         order: of the derivative, from 0 (interpolation) to s − 1.
 
     Returns:
@@ -178,9 +180,17 @@ def finite_difference_weights(offsets: Tensor | Sequence[float], order: int) -> 
     return math.factorial(order) * coefficients[order] / distance
 
 
-@lru_cache(maxsize=1024)
 def _weights(offsets: Sequence[float], order: int) -> tuple[float, ...]:
     """The weights of :func:`finite_difference_weights` in rational arithmetic, rounded once."""
+    return _rational_weights(offsets, order)
+
+
+# To torch.compile a constant. This is all that torch.compiler.assume_constant_result does, but for importing the compiler.
+vars(_weights)["_dynamo_marked_constant"] = True
+
+
+@lru_cache(maxsize=1024)
+def _rational_weights(offsets: Sequence[float], order: int) -> tuple[float, ...]:
     d = [Fraction(offset) for offset in offsets]
     if len(set(d)) < len(d):
         raise ValueError(f"the offsets must differ from each other, got {list(offsets)}")
@@ -212,7 +222,7 @@ def _apply_central(weights: Sequence[float] | Sequence[Tensor], u: Tensor, dim: 
     for j, weight in enumerate(weights):
         if isinstance(weight, Tensor):
             part = u.narrow(dim, j, rows)
-            total = part * weight if total is None else total.addcmul_(part, weight)
+            total = part * weight if total is None else torch.addcmul(total, part, weight)
         elif weight:
             part = u.narrow(dim, j, rows)
             total = part * weight if total is None else total.add_(part, alpha=weight)
@@ -230,12 +240,7 @@ def _close(lower: Tensor, inside: Tensor, upper: Tensor, u: Tensor, dim: int) ->
 
 def _check(u: Tensor, spacing: Tensor | float, dim: int, order: int, accuracy: int) -> tuple[int, int]:
     """The number of points, and the dimension counted from the front."""
-    if not isinstance(u, Tensor) or not u.is_floating_point():
-        raise ShapeError(f"u must be a floating tensor, got {u.dtype if isinstance(u, Tensor) else type(u).__name__}")
-    if not -u.dim() <= dim < u.dim():
-        raise ShapeError(f"u has no dimension {dim}: its shape is {tuple(u.shape)}")
-    if order < 1:
-        raise ValueError(f"order must be at least 1, got {order}")
+    dim = check_values(u, dim, order)
     if accuracy < 2 or accuracy % 2:
         raise ValueError(f"accuracy must be even and at least 2, got {accuracy}: try {max(2, accuracy + 1)}")
     n = u.shape[dim]
@@ -245,9 +250,11 @@ def _check(u: Tensor, spacing: Tensor | float, dim: int, order: int, accuracy: i
                 "spacing must be a number, a floating tensor without dimensions, or the coordinates of the points, "
                 f"here ({n},); got {spacing.dtype} of the shape {tuple(spacing.shape)}"
             )
+        if spacing.dim() and spacing.device != u.device:
+            raise ShapeError(f"the coordinates are on {spacing.device}, and u on {u.device}; move one of them")
     elif not (spacing > 0 and math.isfinite(spacing)):
         raise ValueError(f"spacing must be positive and finite, got {spacing}")
-    return n, dim % u.dim()
+    return n, dim
 
 
 def _check_points(n: int, wanted: int, dim: int, u: Tensor) -> None:

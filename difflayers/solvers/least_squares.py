@@ -26,7 +26,9 @@ from ..solution import Solution, Status
 from .linearize import block_jacobian
 from .loop import Rows, check_options, default_tol, dot, norm, relative
 
-__all__ = ["gauss_newton", "levenberg_marquardt"]
+__all__ = ["NormalEquations", "gauss_newton", "levenberg_marquardt"]
+
+NormalEquations = Callable[[Any], tuple[Tensor, Tensor]]
 
 
 @torch.no_grad()
@@ -38,6 +40,7 @@ def levenberg_marquardt(
     tol: float | None = None,
     max_iter: int = 200,
     damping: float = 1e-3,
+    normal_equations: NormalEquations | None = None,
 ) -> Solution:
     """Levenberg–Marquardt with one damping per problem.
 
@@ -49,6 +52,7 @@ def levenberg_marquardt(
             counts as solved from 100 eps.
         max_iter: trial points.
         damping: the first μ.
+        normal_equations: as in :func:`gauss_newton`.
 
     Returns:
         :class:`~difflayers.Solution`. NUMERICAL_ERROR: r is not finite at the start, or no step decreases the sum of squares.
@@ -61,7 +65,7 @@ def levenberg_marquardt(
     """
     if not damping > 0:
         raise ValueError(f"damping must be positive, got {damping}")
-    return _minimize(residual_fn, x0, batch_ndim, tol, max_iter, damping)
+    return _minimize(residual_fn, x0, batch_ndim, tol, max_iter, damping, normal_equations)
 
 
 @torch.no_grad()
@@ -72,6 +76,7 @@ def gauss_newton(
     batch_ndim: int = 0,
     tol: float | None = None,
     max_iter: int = 100,
+    normal_equations: NormalEquations | None = None,
 ) -> Solution:
     """Gauss–Newton with step control, for small residuals and good starting points.
 
@@ -82,6 +87,8 @@ def gauss_newton(
         tol: for the scaled gradient, see above; None for 1e-12 in float64 and 1e-6 in float32. A row that cannot improve any more
             counts as solved from 100 eps.
         max_iter: trial points.
+        normal_equations: ``x -> (JᵀJ, Jᵀr)``, of shapes ``(*batch, n, n)`` and ``(*batch, n)``, for residuals whose structure gives them
+            cheaper than forward mode does; None differentiates ``residual_fn``.
 
     Returns:
         :class:`~difflayers.Solution`. NUMERICAL_ERROR: r is not finite at the start, or no step decreases the sum of squares.
@@ -90,11 +97,17 @@ def gauss_newton(
         >>> gauss_newton(lambda x: torch.stack([x[0] - 1, 10 * (x[1] - x[0] ** 2)]), torch.zeros(2)).x
         tensor([1., 1.])
     """
-    return _minimize(residual_fn, x0, batch_ndim, tol, max_iter, None)
+    return _minimize(residual_fn, x0, batch_ndim, tol, max_iter, None, normal_equations)
 
 
 def _minimize(
-    residual_fn: Callable[[Any], Any], x0: Any, batch_ndim: int, tol: float | None, max_iter: int, damping: float | None
+    residual_fn: Callable[[Any], Any],
+    x0: Any,
+    batch_ndim: int,
+    tol: float | None,
+    max_iter: int,
+    damping: float | None,
+    normal_equations: NormalEquations | None,
 ) -> Solution:
     check_options(tol, max_iter)
     raveler = Raveler(x0, batch_ndim)
@@ -104,6 +117,12 @@ def _minimize(
 
     def function(matrix: Tensor) -> Tensor:
         return codomain.ravel(residual_fn(raveler.unravel(matrix)))
+
+    def linearize(x: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
+        if normal_equations is not None:
+            return normal_equations(raveler.unravel(x))
+        jacobian = block_jacobian(function, x)
+        return jacobian.mT @ jacobian, (r[..., None, :] @ jacobian).squeeze(-2)
 
     tol, eps = default_tol(x.dtype) if tol is None else tol, torch.finfo(x.dtype).eps
     rows, r = Rows(x), function(x)
@@ -115,11 +134,10 @@ def _minimize(
     weights, fresh = torch.zeros_like(x), True
     for k in range(max_iter + 1):
         if fresh:
-            jacobian = block_jacobian(function, x)
-            columns = torch.linalg.vector_norm(jacobian, dim=-2)
+            gram, gradient = linearize(x, r)
+            columns = gram.diagonal(dim1=-2, dim2=-1).clamp_min(0).sqrt()
             # The longest a column has been: one that fades must not let its unknown run away.
             weights = torch.maximum(weights, columns)
-            gradient = (r[..., None, :] @ jacobian).squeeze(-2)
             extent = norm(r) + dot(columns, x.abs())
             least = eps**0.5 * extent if least is None else least
             residual = relative(gradient.abs(), columns * torch.maximum(extent, least)[..., None]).amax(-1)
@@ -128,12 +146,12 @@ def _minimize(
             rows.stop(~torch.isfinite(residual), Status.NUMERICAL_ERROR)
         if k == max_iter or not rows.any_running():
             break
-        step = _damped_step(jacobian, weights, gradient, mu)
+        step = _damped_step(gram, weights, gradient, mu)
         trial = torch.where(rows.running[..., None], x + length[..., None] * step, x)
         trial_r = function(trial)
         rows.count()
-        along = (jacobian @ step[..., None]).squeeze(-1)
-        predicted = -length * dot(gradient, step) - length**2 * dot(along, along) / 2
+        curvature = dot(step, (gram @ step[..., None]).squeeze(-1))
+        predicted = -length * dot(gradient, step) - length**2 * curvature / 2
         ratio = dot(r - trial_r, r + trial_r) / 2 / predicted
         # Near a minimum with a nonzero sum of squares the decrease drowns in its rounding long before the gradient is small.
         # Then μ, proven up to here, is kept, and the steps are taken on trust.
@@ -158,11 +176,10 @@ def _minimize(
     return rows.solution(raveler)
 
 
-def _damped_step(jacobian: Tensor, weights: Tensor, gradient: Tensor, mu: Tensor) -> Tensor:
+def _damped_step(gram: Tensor, weights: Tensor, gradient: Tensor, mu: Tensor) -> Tensor:
     """d of (JᵀJ + μ D) d = −Jᵀr, computed in the scaled unknowns √D d; an unknown on which r doesn't depend stays where it is."""
     scale = torch.where(weights > 0, weights, 1)
-    scaled = jacobian / scale[..., None, :]
-    normal = scaled.mT @ scaled + torch.diag_embed(torch.where(weights > 0, mu[..., None], 1))
+    normal = gram / scale[..., None, :] / scale[..., None] + torch.diag_embed(torch.where(weights > 0, mu[..., None], 1))
     factor, info = torch.linalg.cholesky_ex(normal)
     step = -torch.cholesky_solve((gradient / scale)[..., None], factor).squeeze(-1) / scale
     # Too little damping for a positive definite matrix: a zero step is not accepted, and μ grows.

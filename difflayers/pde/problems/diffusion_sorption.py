@@ -1,23 +1,25 @@
 r"""Diffusion of a substance in a porous medium that takes part of it up.
 
-.. math:: \frac{\partial u}{\partial t} = \frac{D}{R(u)} \frac{\partial^2 u}{\partial x^2}, \qquad
-          R(u) = 1 + \frac{1 - φ}{φ}\, ρ_s\, k\, n_f\, u^{n_f - 1}, \qquad u(t, 0) = 1, \quad u(t, L) = -D\, \frac{\partial u}{\partial x}(t, L).
+.. math:: \partial_t u = \frac{D}{R(u)}\, \partial_x^2 u, \qquad R(u) = 1 + \frac{1 - φ}{φ}\, ρ_s\, k\, n_f\, u^{n_f - 1}, \qquad
+          u(t, 0) = 1, \quad u(t, L) = -D\, \partial_x u(t, L).
 
-u is the dissolved concentration, φ the porosity, :math:`ρ_s` the density of the solid, and :math:`k u^{n_f}` Freundlich's sorption isotherm.
-The retardation factor R is the derivative of the total content :math:`m(u) = u + \frac{1 - φ}{φ} ρ_s k\, u^{n_f}`, so the equation is the
-conservation law :math:`\partial_t m(u) = D\, \partial_x^2 u`. Constants, mesh and initial conditions (a uniform random constant in [0, 0.2])
-are those of PDEBench, whose condition on the right is meant as here, whatever sign is printed: flowing out at rate u damps, the other sign
-has solutions that grow at the rate 1/(D R).
+u is the dissolved concentration, φ the porosity, :math:`ρ_s` the density of the solid, :math:`k u^{n_f}` Freundlich's isotherm of
+sorption. The retardation factor R is the derivative of the total content :math:`m(u) = u + \frac{1 - φ}{φ} ρ_s k\, u^{n_f}`, so this is the
+conservation law :math:`\partial_t m(u) = D\, \partial_x^2 u`.
 
-**Near u = 0.** For :math:`n_f < 1` the factor R is infinite at zero, and so is the derivative of the residual. Here u² + δ² stands in the
-place of u², :math:`R_δ(u) = 1 + \dots (u^2 + δ^2)^{(n_f - 1)/2}` with δ = 1e-6: smooth for every u of either sign, so an iteration may
-pass through negative values, and for u ≫ δ off by :math:`\tfrac{1 - n_f}{2} (δ/u)^2` relative to itself. (The published code has
-:math:`(u + 10^{-6})^{n_f - 1}`, with the same largest R, no value below -1e-6, and an error of first order in δ/u.) A larger δ makes an easier
-problem; the reference solver solves the same one.
+Constants, duration and initial conditions (a random constant in [0, 0.2]) are PDEBench's. Its paper prints the condition at the right end
+with the other sign, :math:`u = D\, \partial_x u`, under which disturbances grow at the rate 1/(D R); its data obey the one above, by
+which the substance flows out at the rate u. On the data both say that u is almost zero there.
 
-**Reference solution.** Vertex-centred finite volumes of second order, whose total content changes exactly by the fluxes through the ends,
-and an implicit multistep method (LSODA) in time. The initial condition jumps at x = 0: near that corner all meshes are too coarse, so the
-solver works on a finer one than the constraint.
+**Near u = 0.** For :math:`n_f < 1` the factor R is infinite at zero, and there the residual has no finite derivative. So
+:math:`(u^2 + δ^2)^{(n_f - 1)/2}` stands in place of :math:`u^{n_f - 1}`: smooth for every u of either sign, so that an iteration may pass
+through negative values, and off by no more than :math:`\tfrac{1 - n_f}{2} (δ/u)^2` of itself. The published code has
+:math:`(u + δ)^{n_f - 1}` with the same δ = 1e-6, hence the same largest R, but no value below −δ and an error of first order in δ/u.
+A larger δ makes a milder problem, and the reference solver solves the same one.
+
+**Reference solution.** Vertex-centred finite volumes of second order, whose total content changes exactly by what flows through the ends,
+and SciPy's implicit multistep method (LSODA) in time. The initial condition jumps at x = 0, and next to that corner every mesh is too
+coarse: the solver works on a finer one.
 
 References: Takamoto et al., PDEBench: an extensive benchmark for scientific machine learning, NeurIPS 2022, arXiv:2210.07182;
 Nowak and Guthke, Entropy-based experimental design for optimal model discrimination in the geosciences, Entropy 18 (2016).
@@ -25,17 +27,15 @@ Nowak and Guthke, Entropy-based experimental design for optimal model discrimina
 
 from __future__ import annotations
 
-import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from ...errors import ShapeError
 from ..finite_difference import finite_difference
-from .method_of_lines import method_of_lines
+from .method_of_lines import cells_for, method_of_lines, refined
 from .problem import Problem
 
 __all__ = ["DiffusionSorption"]
@@ -61,7 +61,7 @@ class DiffusionSorption(Problem):
         >>> import torch
         >>> from difflayers.pde.problems import DiffusionSorption
         >>> problem = DiffusionSorption(points=33, times=11)
-        >>> u = problem.solve(problem.initial(2, generator=torch.Generator().manual_seed(0)))
+        >>> u = problem.solve(problem.initial(2, dtype=torch.float64))
         >>> u.shape
         torch.Size([2, 11, 33])
         >>> problem.mesh_residual(u)[:, 5:-1, 1:-1].abs().amax() < 1e-4
@@ -79,6 +79,8 @@ class DiffusionSorption(Problem):
     exponent: float = 0.874
     regularization: float = 1e-6
 
+    nonnegative: ClassVar[bool] = True
+
     @property
     def sorption(self) -> float:
         """(1 − φ)/φ · ρ_s · k: what the solid takes up at u = 1, for each unit that is dissolved."""
@@ -88,15 +90,17 @@ class DiffusionSorption(Problem):
         """R(u), of a tensor or an array."""
         return 1 + self.sorption * self.exponent * (u * u + self.regularization**2) ** ((self.exponent - 1) / 2)
 
-    def features(self, basis: Tensor, *args: Tensor) -> dict[str, Tensor]:  # noqa: D102
+    def features(self, basis: Tensor, *args: Any) -> dict[str, Tensor]:
+        """u, u_t and u_xx of each basis function."""
         dt, dx = self.spacing
         return {
             "u": basis,
-            "u_t": finite_difference(basis, dt, dim=-3, order=1),
-            "u_xx": finite_difference(basis, dx, dim=-2, order=2),
+            "u_t": finite_difference(basis, dt, dim=-3, order=1, accuracy=self.accuracy),
+            "u_xx": finite_difference(basis, dx, dim=-2, order=2, accuracy=self.accuracy),
         }
 
-    def residual(self, products: dict[str, Tensor], *args: Tensor) -> Tensor:  # noqa: D102
+    def residual(self, products: dict[str, Tensor], *args: Any) -> Tensor:
+        """u_t − D/R(u) u_xx."""
         return products["u_t"] - self.diffusivity / self.retardation(products["u"]) * products["u_xx"]
 
     def initial(
@@ -104,29 +108,19 @@ class DiffusionSorption(Problem):
         batch: int,
         *,
         generator: torch.Generator | None = None,
-        dtype: torch.dtype = torch.float64,
+        dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> Tensor:
-        """Random initial conditions: one constant in [0, 0.2] for each element.
-
-        Args:
-            batch: how many.
-            generator: where the numbers come from; on the CPU.
-            dtype: of the result.
-            device: of the result.
-
-        Returns:
-            ``(batch, points)``.
-        """
+        """``(batch, points)``: one random constant in [0, 0.2] for each element. Arguments as in :meth:`Problem.initial`."""
         level = 0.2 * torch.rand(batch, 1, generator=generator, dtype=torch.float64)
-        return level.expand(batch, self.points).to(device, dtype).contiguous()
+        return level.to(device, dtype or torch.get_default_dtype()).repeat(1, self.points)
 
     def solve(self, initial: Tensor, *, refine: int | None = None, rtol: float = 1e-8, atol: float = 1e-10) -> Tensor:
-        """The reference solution. Not differentiable: it is what a prediction is compared with.
+        """The reference solution, on a finer mesh than this one. Not differentiable.
 
         Args:
-            initial: ``(*batch, points)``, nonnegative; linear between the points.
-            refine: the solver divides each cell of the mesh into so many. None: as many as make at least 1000 cells.
+            initial: ``(*batch, points)``, nonnegative; between the points a monotone cubic.
+            refine: each cell of the mesh is divided into so many. None: as many as make at least 1000 cells.
             rtol: relative tolerance of a step in time.
             atol: absolute tolerance of a step in time.
 
@@ -135,27 +129,24 @@ class DiffusionSorption(Problem):
 
         Raises:
             ShapeError: ``initial`` does not fit the mesh.
-            NotConvergedError: the integration failed.
+            ValueError: ``initial`` has values that are negative or not finite.
+            NotConvergedError: the integrator gave up.
         """
-        if initial.shape[-1:] != (self.points,):
-            raise ShapeError(f"initial has shape {tuple(initial.shape)}; wanted (*batch, points) with points = {self.points}")
-        refine = math.ceil(1000 / (self.points - 1)) if refine is None else refine
-        fine = np.linspace(0, self.length, (self.points - 1) * refine + 1)
-        coarse = initial.detach().to("cpu", torch.float64).reshape(-1, self.points).numpy()
-        start = np.stack([np.interp(fine, self.x.numpy(), row) for row in coarse])
-        start[:, 0] = 1
-        u = method_of_lines(self._rate(fine[1]), start, self.t.numpy(), rtol=rtol, atol=atol, method="LSODA", lband=1, uband=1)
-        u = u[..., ::refine].reshape(*initial.shape[:-1], self.times, self.points)
-        return u.to(initial)
+        self._check_initial(initial)
+        refine = cells_for(1000, self.points - 1) if refine is None else refine
+        start = refined(initial, refine)
+        start[..., 0] = 1
+        rate = self._rate(self.spacing[1] / refine)
+        u = method_of_lines(rate, start, self.t, rtol=rtol, atol=atol, method="LSODA", lband=1, uband=1)
+        return u[..., ::refine].to(initial)
 
-    def _rate(self, dx: float) -> Any:
+    def _rate(self, dx: float) -> Callable[[float, Any], Any]:
         """The finite volumes: a cell around each vertex, half of one at the right end, where u flows out."""
-        D = self.diffusivity
+        import numpy as np
 
         def rate(t: float, u: Any) -> Any:
-            flux = np.append(-D / dx * np.diff(u), u[-1])
-            net = np.zeros_like(u)
-            net[1:] = (flux[:-1] - flux[1:]) / dx
+            flux = np.append(-self.diffusivity / dx * np.diff(u), u[-1])
+            net = np.append(0.0, (flux[:-1] - flux[1:]) / dx)
             net[-1] *= 2
             return net / self.retardation(u)
 
