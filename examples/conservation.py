@@ -209,7 +209,10 @@ with tqdm(total=len(KINDS) * options.seeds * len(WAYS)) as bar:
 
 for kind in KINDS:
     print(f"\n{kind}: mean ± standard deviation of {options.seeds} seeds, each on 100 profiles of unseen problems")
-    print(f"{'':24}{'lg mass error':>14}{'squared error / 1000':>24}{'log-likelihood':>18}" + (f"{'front off by':>18}" if kind == "Stefan" else ""))
+    print(
+        f"{'':24}{'lg mass error':>14}{'squared error / 1000':>24}{'log-likelihood':>18}"
+        + (f"{'front off by':>18}" if kind == "Stefan" else "")
+    )
     for label, rows in tables[kind].items():
         broken, error, likelihood, miss = torch.tensor(rows).T
         line = f"{label:24}{broken.max():14.1f}{error.mean():15.2f} ± {error.std():.2f}{likelihood.mean():14.2f} ± {likelihood.std():.2f}"
