@@ -7,7 +7,8 @@ counts it, and the prediction of where it went adds up to something else. The ge
 
 .. math:: \frac{\partial u}{\partial t} = \frac{\partial}{\partial x}\Bigl(k(u) \frac{\partial u}{\partial x}\Bigr)
 
-makes it hard: with :math:`k = u^m` the profile ends in a steep front, and in Stefan's problem, where k is a step at the value u*, in a jump.
+makes it hard: with :math:`k = u^m` the profile ends in a steep front, and in Stefan's problem, where k is a step at the value u*,
+in a jump.
 
 The network here knows how unsure it is: it returns a mean and a variance for each point. :class:`~difflayers.ConservationProjection`
 makes the total mass exactly what has flown in, and for that corrects the values that are unsure (ProbConserv, Hansen et al., ICML 2023,
