@@ -106,6 +106,11 @@ LINES = {
         "5 steps unrolled {} ± {} {} ± {} {} {}",
         "fixed point {} ± {} {} ± {} {} {}",
     ],
+    "conservation": [
+        "ProbConserv {} {} ± {} {} ± {} {} ± {}",
+        "trained through it {} {} ± {} {} ± {}",
+        "penalty {} {} ± {} {} ± {}",
+    ],
     "jacobian_descent": ["average {} {} {} × {} × {} {} {} %", "UPGrad {} {} {} × {} × {} {} {} %"],
 }
 SEEDED = (
