@@ -110,6 +110,7 @@ LINES = {
         "ProbConserv {} {} ± {} {} ± {} {} ± {}",
         "trained through it {} {} ± {} {} ± {}",
         "penalty {} {} ± {} {} ± {}",
+    ],
     "distributed_experts": [
         "gradient of the network, 2 processes against one: relative difference",
         "one process {} {} {}",
