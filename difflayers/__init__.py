@@ -24,7 +24,8 @@ tensor([[ 0.5000, -0.5000,  0.0000]])
 ``difflayers.prox``       proximal ``operators``: :class:`Prox`; networks that are proximal operators: :class:`LearnedProximalNetwork`;
                           plug-and-play reconstruction: :class:`PlugAndPlay`
 ``difflayers.morphology`` skeletons that gradients can pass through: :class:`Skeletonize`; soft clDice, Betti numbers
-``difflayers.pde``        physics as a hard constraint inside a network: :class:`HardConstraint`, mixtures of experts, conservation laws
+``difflayers.pde``        physics as a hard constraint inside a network: :class:`HardConstraint`, a mixture of experts that are:
+                          :class:`MixtureOfConstraints`; conservation laws
 ``difflayers.implicit``   the core: ``implicit_root``, ``implicit_fixed_point``, ``custom_root``,
                           ``linear_solve``, ``conditions``
 ``difflayers.solvers``    how a solution is found: batched loops that stop element by element
@@ -44,7 +45,7 @@ if TYPE_CHECKING:
     from . import convex, implicit, morphology, pde, prox, rebasin, solvers, sorting, transport
     from .convex import CvxpyLayer, Projection, QPLayer
     from .morphology import Skeletonize
-    from .pde import ConservationProjection, HardConstraint, LinearConstraint
+    from .pde import ConservationProjection, HardConstraint, LinearConstraint, MixtureOfConstraints
     from .prox import (
         ConvexGradientNetwork,
         ConvolutionalInputConvexNN,
@@ -70,6 +71,7 @@ __all__ = [
     "InputConvexNN",
     "LearnedProximalNetwork",
     "LinearConstraint",
+    "MixtureOfConstraints",
     "NonexpansiveProximalNetwork",
     "PlugAndPlay",
     "Projection",
@@ -105,6 +107,7 @@ _FAMILY = {
     "HardConstraint": "pde",
     "InputConvexNN": "prox",
     "LinearConstraint": "pde",
+    "MixtureOfConstraints": "pde",
     "LearnedProximalNetwork": "prox",
     "NonexpansiveProximalNetwork": "prox",
     "PlugAndPlay": "prox",

@@ -12,6 +12,7 @@ from tests.layers_morphology import MORPHOLOGY
 from tests.layers_pde_conservation import CONSERVATION
 from tests.layers_pde_constraint import HARD_CONSTRAINTS
 from tests.layers_pde_derivatives import PDE_DERIVATIVES
+from tests.layers_pde_mixture import MIXTURES
 from tests.layers_points import POINTS
 from tests.layers_projections import PROJECTIONS
 from tests.layers_prox_learned import PROX_LEARNED
@@ -47,6 +48,7 @@ LAYERS = (
     *PLUG_AND_PLAY,
     *HARD_CONSTRAINTS,
     *PDE_DERIVATIVES,
+    *MIXTURES,
     *CONSERVATION,
 )
 

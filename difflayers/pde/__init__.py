@@ -6,6 +6,7 @@ from .coordinates import coordinate_derivatives
 from .finite_difference import edge_derivative, finite_difference, finite_difference_weights
 from .hard_constraint import ConstraintSolution, HardConstraint
 from .linear_constraint import LinearConstraint
+from .mixture import MixtureOfConstraints
 from .quadrature import riemann_weights, trapezoid_weights
 from .rows import dirichlet, initial, integral, neumann, pde, periodic, robin
 from .spectral import chebyshev_derivative, chebyshev_points, spectral_derivative
@@ -16,6 +17,7 @@ __all__ = [
     "ConstraintSolution",
     "HardConstraint",
     "LinearConstraint",
+    "MixtureOfConstraints",
     "chebyshev_derivative",
     "chebyshev_points",
     "conservation_projection",

@@ -171,13 +171,11 @@ def finite_difference_weights(offsets: Tensor | Sequence[float], order: int) -> 
     # For each j the coefficients of the product over i ≠ j, one factor after the other; those beyond t^m are not needed.
     own = torch.eye(count, dtype=torch.bool, device=offsets.device)
     distance = torch.where(own, 1, offsets.unsqueeze(-1) - offsets.unsqueeze(-2)).prod(-1)
-    coefficients = [torch.ones_like(offsets)] + [torch.zeros_like(offsets)] * order
-    for i in range(count):
-        root = torch.where(own[i], -1, offsets[..., i, None])
-        linear = (~own[i]).to(offsets.dtype)
-        shifted = [0, *coefficients[:-1]]
-        coefficients = [linear * before - root * here for before, here in zip(shifted, coefficients, strict=True)]
-    return math.factorial(order) * coefficients[order] / distance
+    slopes, roots = (~own).to(offsets.dtype), torch.where(own, -1, offsets.unsqueeze(-2))
+    product = torch.nn.functional.pad(torch.ones_like(offsets).unsqueeze(-1), (0, order))
+    for slope, root in zip(slopes.unbind(-1), roots.unbind(-1), strict=True):
+        product = slope.unsqueeze(-1) * torch.nn.functional.pad(product[..., :-1], (1, 0)) - root.unsqueeze(-1) * product
+    return math.factorial(order) * product[..., order] / distance
 
 
 def _weights(offsets: Sequence[float], order: int) -> tuple[float, ...]:

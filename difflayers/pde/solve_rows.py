@@ -14,6 +14,7 @@ from ..implicit.eager import eager
 from ..implicit.function import ImplicitFunction, nan_free, nan_where_failed
 from ..solution import Status
 from .least_squares import Fit, FitOptions, LeastSquares, RowSystem
+from .sharding import Slots
 from .structured import Coupled, Free, LinearRows, PointRows, Structured, one_each
 
 __all__ = ["FreeRows", "solve_rows"]
@@ -40,6 +41,7 @@ def solve_rows(
     *,
     options: FitOptions,
     coupling: LinearRows | None = None,
+    slots: Slots | None = None,
 ) -> Fit:
     """The weights that minimize the sum of squares of all rows, differentiable in everything that the rows hold.
 
@@ -51,6 +53,8 @@ def solve_rows(
         options: how to solve.
         coupling: linear rows that tie the E problems of the last batch dimension together: L is ``(*batch, m, E·N)``, g ``(*batch, m)``,
             with x0 ``(*batch, E, N)``. They are one problem then, and share a status.
+        slots: with ``coupling``, which of the E problems the other rows are of, in this process; ``x0`` and ``coupling`` are of all of
+        them.
 
     Returns:
         :class:`~difflayers.pde.least_squares.Fit` with x like ``x0``.
@@ -83,21 +87,23 @@ def solve_rows(
 
     seen: list[Explicit] = []
     captured: list[Tensor] = []
+    slots = Slots(x0.shape[-2]) if coupling is not None and slots is None else slots
+    single = x0 if coupling is None or slots is None else x0[..., slots.own, :]
     if points:
-        start = [{name: (T.to(x0.dtype) @ x0.unsqueeze(-1)).squeeze(-1) for name, T in block.features.items()} for block in points]
+        start = [{name: (T.to(x0.dtype) @ single.unsqueeze(-1)).squeeze(-1) for name, T in block.features.items()} for block in points]
         explicit, captured, _ = hoist(pointwise, start, [block.args for block in points], of=functions[0])
         seen.append(explicit)
     split = len(captured)
     system: RowSystem = Structured(lambda theta, z, args: seen[0](theta[:split], z, args), rows_of)
     if free is not None:
-        unknown, more, _ = hoist(free.function, x0, *free.args)
+        unknown, more, _ = hoist(free.function, single, *free.args)
         seen.append(unknown)
         captured = captured + more
         system = Free(lambda w, *theta: unknown(theta[split:held], w, *unflatten(theta)[3]), system)
     held = len(captured)
     start = x0
-    if coupling is not None:
-        system, start = Coupled(system, x0.shape[-2], lambda theta: LinearRows(*unflatten(theta)[2])), x0.flatten(-2)
+    if coupling is not None and slots is not None:
+        system, start = Coupled(system, slots, lambda theta: LinearRows(*unflatten(theta)[2])), x0.flatten(-2)
 
     problem = LeastSquares(system, options, batch_ndim=start.dim() - 1, seen=seen)
     start, *theta = visible_to_modes([start.detach(), *captured, *tensors])

@@ -27,6 +27,7 @@ from torch._C import _functorch
 from ..errors import DiffLayersError, ShapeError
 from ..solvers.linearize import jvp, vjp
 from .least_squares import RowSystem
+from .sharding import Slots
 
 __all__ = ["Coupled", "Free", "LinearRows", "PointRows", "Structured"]
 
@@ -169,27 +170,30 @@ class Coupled(RowSystem):
 
     Args:
         inner: the system of the single problems, on ``(*batch, E, N)``.
-        count: E.
-        split: θ -> the :class:`LinearRows` with L ``(*batch, m, E·N)``.
+        slots: E, and which of the problems this process has the rows of; what it finds of them it shares with the others.
+        split: θ -> the :class:`LinearRows` with L ``(*batch, m, E·N)``, which every process has.
     """
 
-    def __init__(self, inner: RowSystem, count: int, split: Split) -> None:
-        self.inner, self.count, self.split = inner, count, split
+    def __init__(self, inner: RowSystem, slots: Slots, split: Split) -> None:
+        self.inner, self.slots, self.split = inner, slots, split
 
     def rows(self, w: Tensor, *theta: Any) -> Tensor:
         """The rows of every problem, then those between them."""
-        return torch.cat([self.inner.rows(self._apart(w), *theta).flatten(-2), _spread(self.split(theta).at(w), w)], -1)
+        single = self.slots.gather(self.inner.rows(self._apart(w), *theta))
+        return torch.cat([single.flatten(-2), _spread(self.split(theta).at(w), w)], -1)
 
     def gradient(self, w: Tensor, *theta: Any) -> Tensor:
         """Jᵀr."""
         between = self.split(theta)
-        return self.inner.gradient(self._apart(w), *theta).flatten(-2) + _times(between.matrix.mT, between.at(w))
+        single = self.slots.gather(self.inner.gradient(self._apart(w), *theta))
+        return single.flatten(-2) + _times(between.matrix.mT, between.at(w))
 
     def normal_equations(self, w: Tensor, *theta: Any) -> tuple[Tensor, Tensor]:
         """JᵀJ and Jᵀr."""
         gram, gradient = self.inner.normal_equations(self._apart(w), *theta)
         between = self.split(theta)
-        return self._together(gram, between, w), gradient.flatten(-2) + _times(between.matrix.mT, between.at(w))
+        gradient = self.slots.gather(gradient).flatten(-2) + _times(between.matrix.mT, between.at(w))
+        return self._together(gram, between, w), gradient
 
     def hessian(self, w: Tensor, *theta: Any) -> Tensor:
         """The blocks, and LᵀL."""
@@ -200,10 +204,11 @@ class Coupled(RowSystem):
         self.inner.check(self._apart(w), theta)
 
     def _apart(self, w: Tensor) -> Tensor:
-        return w.unflatten(-1, (self.count, -1))
+        return w.unflatten(-1, (self.slots.count, -1))[..., self.slots.own, :]
 
     def _together(self, blocks: Tensor, between: LinearRows, w: Tensor) -> Tensor:
-        matrix = between.matrix.to(w.dtype)
+        matrix, shape = between.matrix.to(w.dtype), blocks.shape[-2:]
+        blocks = self.slots.gather(blocks.flatten(-2)).unflatten(-1, shape)
         # (*batch, E, N, N) -> (*batch, N, N, E) -> (*batch, E, N, E, N)
         diagonal = torch.diag_embed(blocks.movedim(-3, -1), dim1=-4, dim2=-2)
         return diagonal.flatten(-4, -3).flatten(-2) + matrix.mT @ matrix
