@@ -118,7 +118,14 @@ class NavierStokes(Problem):
 
         Returns:
             A tensor of that shape.
+
+        Raises:
+            ShapeError: there are no such arguments.
         """
+        if len(args) != len(_IN_SPACE) + 1:
+            raise ShapeError(
+                f"the residual takes the {len(_IN_SPACE) + 1} tensors of arguments(initial), got {len(args)}: pass them on, as *args"
+            )
         velocity_x, velocity_y, vorticity_x, vorticity_y, laplacian = (
             products[name] + part for name, part in zip(_IN_SPACE, args[:-1], strict=True)
         )
@@ -151,11 +158,11 @@ class NavierStokes(Problem):
 
     @property
     def force(self) -> Tensor:
-        """F on the mesh, ``(points, points)`` in float64."""
+        """The force f on the mesh, ``(points, points)`` in float64."""
         return self._force(self.points)
 
     def velocity(self, vorticity: Tensor) -> Tensor:
-        """V of a vorticity ``(*batch, points, points)``: its two components, ``(*batch, 2, points, points)``."""
+        """The velocity v of a vorticity ``(*batch, points, points)``: its components, ``(*batch, 2, points, points)``."""
         parts = self._in_space(vorticity)
         return torch.stack([parts["velocity_x"], parts["velocity_y"]], dim=-3)
 
@@ -200,6 +207,7 @@ class NavierStokes(Problem):
         Args:
             initial: ``(*batch, points, points)``, read as a trigonometric polynomial with wavenumbers below points/2.
             tol: twice as many steps, then a finer mesh, change no element by more than this in the 2-norm, relative to its largest time.
+                The elements of a batch share steps and mesh.
             refine: the solver's mesh has so many times the points, at least 2. None: 3 or more, as ``tol`` asks.
             steps: from one time of the mesh to the next. None: as ``tol`` asks.
 
@@ -220,17 +228,19 @@ class NavierStokes(Problem):
         finer, each = refine or 2, steps or self._steps(start)
         time_is_open, space_is_open = steps is None, refine is None  # one after the other
         found = self._integrate(start, finer, each)
-        for _ in range(_TRIES):
-            if not (time_is_open or space_is_open):
-                return found.to(initial)
+        tries = 1
+        while time_is_open or space_is_open:
+            if tries == _TRIES:
+                raise NotConvergedError(
+                    f"the reference solution does not reach tol = {tol:.0e} with refine = {finer} and steps = {each}: loosen tol, raise "
+                    "the viscosity or shorten the duration, or give refine and steps and get what they make of it",
+                    solution=found,
+                )
             each, finer = (2 * each, finer) if time_is_open else (each, finer + 1)
-            before, found = found, self._integrate(start, finer, each)
+            before, found, tries = found, self._integrate(start, finer, each), tries + 1
             if _change(before, found) <= tol:
                 time_is_open, space_is_open = False, time_is_open and space_is_open
-        raise NotConvergedError(
-            f"the reference solution does not reach tol = {tol:.0e} with refine = {finer} and steps = {each}: loosen tol, raise the "
-            "viscosity or shorten the duration, or give refine and steps and get what they make of it"
-        )
+        return found.to(initial)
 
     def _steps(self, initial: Tensor) -> int:
         """To begin with, steps of one mesh width."""
