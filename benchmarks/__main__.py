@@ -7,6 +7,7 @@ import argparse
 from benchmarks import (
     cones,
     core,
+    derivatives,
     learned_prox,
     maros_meszaros,
     morphology,
@@ -49,3 +50,4 @@ if __name__ == "__main__":
     learned_prox.main(short=short)
     total_variation.main(short=short)
     plug_and_play.main(short=short)
+    derivatives.main(short=short)

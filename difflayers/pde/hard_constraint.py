@@ -86,7 +86,8 @@ class HardConstraint(nn.Module):
         features: ``(basis, *args) -> dict`` of tensors ``(*batch, *grid, N)``, linear in the basis.
         rows: more rows: :func:`~difflayers.pde.initial`, :func:`~difflayers.pde.dirichlet`, ….
         grid_ndim: dimensions of the grid.
-        points: how many points of the grid each block of pointwise rows is sampled at, without replacement; None is all of them.
+        points: how many points of the grid each block of pointwise rows is sampled at, without replacement; None is all of them. A sampled
+            row weighs √(all / points) times as much: the balance with the other rows does not depend on how many are drawn.
         ridge: adds the rows ``ridge · w``. With a basis that is nearly dependent it keeps w* unique.
         x0: the weights to start from, a number or ``(*batch, N)``. An equation that is not linear may have several minima.
         solver: "lm" (Levenberg–Marquardt), "gauss_newton", or a callable as those of :mod:`difflayers.solvers`.
@@ -249,13 +250,15 @@ class HardConstraint(nn.Module):
         return residual.flatten(lead) if residual.dim() > lead else residual.unsqueeze(-1)
 
     def _sampled(self, block: PointRows, batch: torch.Size, generator: torch.Generator | None) -> PointRows:
-        """A block at as many of its points as are asked for, others for each problem."""
+        """A block at as many of its points as are asked for, others for each problem; on the average its sum of squares stays the same."""
         T = next(iter(block.features.values()))
         total = T.shape[-2]
         if self.points is None or self.points >= total:
             return block
         where = torch.rand(*batch, total, generator=generator, device=T.device).topk(self.points, -1).indices
-        return at_points(block, where)
+        drawn = at_points(block, where)
+        scale = (total / self.points) ** 0.5
+        return drawn._replace(weight=torch.tensor(scale, dtype=T.dtype, device=T.device) if drawn.weight is None else drawn.weight * scale)
 
     def extra_repr(self) -> str:
         """The options."""

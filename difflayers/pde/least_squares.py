@@ -40,7 +40,6 @@ from ..solvers.loop import norm, relative
 
 __all__ = ["Fit", "FitOptions", "LeastSquares", "RowSystem"]
 
-_SOLVERS = {"lm": levenberg_marquardt, "gauss_newton": gauss_newton}
 _POLISHING_STEPS = 3
 
 
@@ -184,19 +183,18 @@ class LeastSquares(Problem):
         solver = self.options.solver
         if not isinstance(solver, str):
             return solver(rows, x0, batch_ndim=x0.dim() - 1)
-        return _SOLVERS[solver](
-            rows,
-            x0,
-            batch_ndim=x0.dim() - 1,
-            tol=tol,
-            max_iter=self.options.max_iter,
-            normal_equations=lambda w: self.system.normal_equations(w, *theta),
-        )
+        options: dict[str, Any] = {"batch_ndim": x0.dim() - 1, "tol": tol, "max_iter": self.options.max_iter}
+        options["normal_equations"] = lambda w: self.system.normal_equations(w, *theta)
+        if solver == "gauss_newton":
+            return gauss_newton(rows, x0, **options)
+        if self.options.hessian == "exact":
+            options["hessian"] = lambda w: self.system.hessian(w, *theta)
+        return levenberg_marquardt(rows, x0, **options)
 
     def _polish(self, found: Solution, theta: Sequence[Any]) -> Fit:
-        """Newton steps with one factor of the Hessian, which also tells whether the minimum is isolated."""
+        """Newton steps with one factor of A, which also tells whether the minimum is isolated."""
         x, solved = found.x, found.status == Status.SOLVED
-        factor = cholesky_factor(self.system.hessian(x, *theta))
+        factor = cholesky_factor(self.matrix((x, *theta)))
         status = torch.where(solved & factor.singular, int(Status.SINGULAR), found.status)
         gradient = self.system.gradient(x, *theta)
         moved = torch.zeros_like(found.residual)
@@ -210,7 +208,7 @@ class LeastSquares(Problem):
             x, gradient = torch.where(better[..., None], trial, x), torch.where(better[..., None], trial_gradient, gradient)
             moved = torch.maximum(moved, torch.where(better, relative(norm(step), norm(x)), 0))
         # The factor stays good for the derivatives if the steps were rounding.
-        if self.options.hessian == "exact" and bool((moved <= 1e-13).all()):
+        if bool((moved <= 1e-13).all()):
             self._factor = factor
         return Fit(x, status, found.residual, found.iterations, norm(self.system.rows(x, *theta)))
 

@@ -3,8 +3,8 @@ r"""A mixture of experts that are hard constraints: the mesh is cut into domains
 .. math:: u(p) = \sum_e φ_e(p) \sum_j w^{e*}_j b_j(p), \qquad w^{e*} = \operatorname{argmin}_w \tfrac12 \|r_e(w)\|^2,
 
 where r_e holds the pointwise rows at the points of domain e, and all linear rows (initial and boundary values), which every expert
-gets a copy of. The features are computed on the whole mesh and cut afterwards: a derivative at a border is that of the basis functions, not a
-one-sided difference. N basis functions with E experts can do what E·N could in the least-squares problems of N unknowns, and those
+gets a copy of. The features are computed on the whole mesh and cut afterwards: a derivative at a border is that of the basis functions, not
+a one-sided difference. N basis functions with E experts can do what E·N could in the least-squares problems of N unknowns, and those
 are solved in one batch, or spread over processes (:mod:`~difflayers.pde.sharding`).
 
 Nothing makes the experts agree where they meet. An **overlap** blends them. **Interface rows** :math:`λ\,(u_e - u_{e'})(p)` at the
@@ -41,8 +41,8 @@ class MixtureOfConstraints(nn.Module):
     """A :class:`HardConstraint` for each domain of a mesh, all solved in one batch.
 
     Args:
-        constraint: what every expert solves; with ``features``, or with rows only. Its ``points`` are the total, of which each expert gets its
-            equal part.
+        constraint: what every expert solves; with ``features``, or with rows only. Its ``points`` are the total, of which each expert gets
+            its equal part.
         partition: how the mesh is cut. For each dimension of the grid the number of blocks, ``(1, 4)``, or their sizes,
             ``(1, (30, 30, 41))``; or a tensor of labels 0 … E − 1, ``(*grid)`` or ``(*batch, *grid)``; or a router, a module or function
             ``(basis, *args) ->`` labels, or logits ``(*batch, *grid, E)``. Logits make a soft mixture: φ is their softmax, every
@@ -91,8 +91,8 @@ class MixtureOfConstraints(nn.Module):
 
         Args:
             basis: ``(*batch, *grid, N)``, floating.
-            args: as in :meth:`HardConstraint.forward <difflayers.pde.HardConstraint.forward>`: those with the shape of the grid are cut like it;
-                the residual gets other tensors ``(*batch, ...)`` as ``(*batch, 1, ...)``, with a dimension for the experts.
+            args: as in :meth:`HardConstraint.forward <difflayers.pde.HardConstraint.forward>`: those with the shape of the grid are cut
+                like it; the residual gets other tensors ``(*batch, ...)`` as ``(*batch, 1, ...)``, with a dimension for the experts.
             generator: of the sampled points; with a group, one with the same state in every process.
 
         Returns:

@@ -79,7 +79,7 @@ class Domains(NamedTuple):
         return Domains(None if self.index is None else self.index[..., experts, :], self.weight[..., experts, :])
 
     def take(self, field: Tensor) -> Tensor:
-        """The values ``(*batch, E, P, N)`` of ``field`` ``(*batch, size, N)`` at the points of every expert, or ``(*batch, 1, size, N)``."""
+        """``field`` ``(*batch, size, N)`` at the points of every expert, ``(*batch, E, P, N)``, or as ``(*batch, 1, size, N)``."""
         if self.index is None:
             return field.unsqueeze(-3)
         if self.index.dim() == 2:
@@ -89,12 +89,17 @@ class Domains(NamedTuple):
         return field.expand(*batch, *field.shape[-2:]).gather(-2, where).unflatten(-2, tuple(self.index.shape[-2:]))
 
     def sample(self, batch: Sequence[int], points: int, generator: torch.Generator | None = None) -> Domains:
-        """Points drawn without replacement, for every sample and expert ``points`` of them (all, where it has fewer)."""
+        """Points drawn without replacement, for every sample and expert ``points`` of them (all, where it has fewer).
+
+        A row drawn from n weighs √(n / points) times what it weighed: the sum of squares stays the same on the average.
+        """
         device = self.weight.device if generator is None else generator.device
         keys = torch.rand(*batch, *self.weight.shape[-2:], generator=generator, device=device).to(self.weight.device)
         chosen = torch.where(self.weight.detach() > 0, keys, -1).topk(min(points, keys.shape[-1])).indices
         index = chosen if self.index is None else self.index.expand(keys.shape).gather(-1, chosen)
-        return Domains(index, self.weight.expand(keys.shape).gather(-1, chosen))
+        counts = (self.weight > 0).sum(-1, keepdim=True)
+        scale = (counts / counts.clamp(1, points)).sqrt().to(self.weight)
+        return Domains(index, self.weight.expand(keys.shape).gather(-1, chosen) * scale)
 
 
 class Borders(NamedTuple):

@@ -53,7 +53,8 @@ def solve_rows(
         options: how to solve.
         coupling: linear rows that tie the E problems of the last batch dimension together: L is ``(*batch, m, E·N)``, g ``(*batch, m)``,
             with x0 ``(*batch, E, N)``. They are one problem then, and share a status.
-        slots: with ``coupling``, which of the E problems the other rows are of, in this process; ``x0`` and ``coupling`` are of all of them.
+        slots: with ``coupling``, which of the E problems the other rows are of, in this process; ``x0`` and ``coupling`` are of all of
+        them.
 
     Returns:
         :class:`~difflayers.pde.least_squares.Fit` with x like ``x0``.

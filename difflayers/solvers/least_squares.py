@@ -41,6 +41,7 @@ def levenberg_marquardt(
     max_iter: int = 200,
     damping: float = 1e-3,
     normal_equations: NormalEquations | None = None,
+    hessian: Callable[[Any], Tensor] | None = None,
 ) -> Solution:
     """Levenberg–Marquardt with one damping per problem.
 
@@ -53,6 +54,8 @@ def levenberg_marquardt(
         max_iter: trial points.
         damping: the first μ.
         normal_equations: as in :func:`gauss_newton`.
+        hessian: ``x -> ∇²(½‖r‖²)`` of shape ``(*batch, n, n)``. With it the problems on which Gauss–Newton's model is slow (large
+            residuals) take Newton's from then on, wherever it is convex, and end in a few steps.
 
     Returns:
         :class:`~difflayers.Solution`. NUMERICAL_ERROR: r is not finite at the start, or no step decreases the sum of squares.
@@ -65,7 +68,7 @@ def levenberg_marquardt(
     """
     if not damping > 0:
         raise ValueError(f"damping must be positive, got {damping}")
-    return _minimize(residual_fn, x0, batch_ndim, tol, max_iter, damping, normal_equations)
+    return _minimize(residual_fn, x0, batch_ndim, tol, max_iter, damping, normal_equations, hessian)
 
 
 @torch.no_grad()
@@ -97,7 +100,7 @@ def gauss_newton(
         >>> gauss_newton(lambda x: torch.stack([x[0] - 1, 10 * (x[1] - x[0] ** 2)]), torch.zeros(2)).x
         tensor([1., 1.])
     """
-    return _minimize(residual_fn, x0, batch_ndim, tol, max_iter, None, normal_equations)
+    return _minimize(residual_fn, x0, batch_ndim, tol, max_iter, None, normal_equations, None)
 
 
 def _minimize(
@@ -108,6 +111,7 @@ def _minimize(
     max_iter: int,
     damping: float | None,
     normal_equations: NormalEquations | None,
+    hessian: Callable[[Any], Tensor] | None,
 ) -> Solution:
     check_options(tol, max_iter)
     raveler = Raveler(x0, batch_ndim)
@@ -132,6 +136,8 @@ def _minimize(
     length, growth = torch.ones_like(mu), torch.full_like(mu, 2)
     least: Tensor | None = None
     weights, fresh = torch.zeros_like(x), True
+    # Rows whose gradient has fallen by less than ten from one point to the next are left to Newton's model.
+    slow, accept, before = torch.zeros_like(rows.running), rows.running, torch.full_like(mu, torch.inf)
     for k in range(max_iter + 1):
         if fresh:
             gram, gradient = linearize(x, r)
@@ -141,16 +147,23 @@ def _minimize(
             extent = norm(r) + dot(columns, x.abs())
             least = eps**0.5 * extent if least is None else least
             residual = relative(gradient.abs(), columns * torch.maximum(extent, least)[..., None]).amax(-1)
+            slow = slow | (accept & (residual > 0.1 * before))
+            before = torch.where(accept, residual, before)
+            model = gram
+            if hessian is not None and bool((slow & rows.running & (residual > tol)).any()):
+                newton = hessian(raveler.unravel(x))
+                convex = torch.linalg.cholesky_ex(newton)[1] == 0
+                model = torch.where((slow & convex)[..., None, None], newton, gram)
             rows.record(x, residual)
             rows.stop(residual <= tol, Status.SOLVED)
             rows.stop(~torch.isfinite(residual), Status.NUMERICAL_ERROR)
         if k == max_iter or not rows.any_running():
             break
-        step = _damped_step(gram, weights, gradient, mu)
+        step = _damped_step(model, weights, gradient, mu)
         trial = torch.where(rows.running[..., None], x + length[..., None] * step, x)
         trial_r = function(trial)
         rows.count()
-        curvature = dot(step, (gram @ step[..., None]).squeeze(-1))
+        curvature = dot(step, (model @ step[..., None]).squeeze(-1))
         predicted = -length * dot(gradient, step) - length**2 * curvature / 2
         ratio = dot(r - trial_r, r + trial_r) / 2 / predicted
         # Near a minimum with a nonzero sum of squares the decrease drowns in its rounding long before the gradient is small.
@@ -176,10 +189,10 @@ def _minimize(
     return rows.solution(raveler)
 
 
-def _damped_step(gram: Tensor, weights: Tensor, gradient: Tensor, mu: Tensor) -> Tensor:
-    """d of (JᵀJ + μ D) d = −Jᵀr, computed in the scaled unknowns √D d; an unknown on which r doesn't depend stays where it is."""
+def _damped_step(model: Tensor, weights: Tensor, gradient: Tensor, mu: Tensor) -> Tensor:
+    """d of (M + μ D) d = −Jᵀr in the scaled unknowns √D d, M being the model's; an unknown on which r doesn't depend stays where it is."""
     scale = torch.where(weights > 0, weights, 1)
-    normal = gram / scale[..., None, :] / scale[..., None] + torch.diag_embed(torch.where(weights > 0, mu[..., None], 1))
+    normal = model / scale[..., None, :] / scale[..., None] + torch.diag_embed(torch.where(weights > 0, mu[..., None], 1))
     factor, info = torch.linalg.cholesky_ex(normal)
     step = -torch.cholesky_solve((gradient / scale)[..., None], factor).squeeze(-1) / scale
     # Too little damping for a positive definite matrix: a zero step is not accepted, and μ grows.

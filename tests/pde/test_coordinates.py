@@ -9,7 +9,7 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.func import functional_call, grad, jacrev, jvp, vmap
 
 from difflayers.errors import ShapeError
-from difflayers.pde import coordinate_derivatives, finite_difference
+from difflayers.pde import HardConstraint, coordinate_derivatives, dirichlet, finite_difference
 
 
 def _network(outputs: int = 3) -> nn.Module:
@@ -58,40 +58,58 @@ def test_against_finite_differences_on_a_mesh() -> None:
     assert not d[()].requires_grad
 
 
-def test_training_reaches_the_parameters() -> None:
+@pytest.mark.parametrize("keep", [False, True])
+def test_reverse_mode_gives_the_same(keep: bool) -> None:
+    network = _network(1)
+    function = network if keep else lambda p: network(p).squeeze(-1)
+    orders = [(), (0,), (1,), (0, 1), (1, 1), (1, 1, 1)]
+    with torch.no_grad():
+        plain = coordinate_derivatives(function, _points(6), orders)
+        other = coordinate_derivatives(function, _points(6), orders, mode="reverse")
+    for path in orders:
+        assert plain[path].shape == other[path].shape == ((6, 1) if keep else (6,))
+        torch.testing.assert_close(other[path], plain[path], rtol=1e-10, atol=1e-12)
+        assert not other[path].requires_grad
+
+
+@pytest.mark.parametrize("mode", ["forward", "reverse"])
+def test_training_reaches_the_parameters(mode: str) -> None:
     network, tx = _network(1), _points(5)
     parameters = dict(network.named_parameters())
+    orders = {"u": (), "u_t": (0,), "u_xx": (1, 1)}
 
     def loss(*values: Tensor) -> Tensor:
         named = dict(zip(parameters, values, strict=True))
-        d = coordinate_derivatives(lambda p: functional_call(network, named, (p,)), tx, {"u": (), "u_t": (0,), "u_xx": (1, 1)})
+        d = coordinate_derivatives(lambda p: functional_call(network, named, (p,)), tx, orders, mode=mode)
         return (d["u_t"] + d["u"] * d["u_xx"]).square().mean()
 
     values = tuple(parameter.detach().clone().requires_grad_() for parameter in parameters.values())
     assert gradcheck(loss, values, fast_mode=True)
     assert gradgradcheck(loss, values, fast_mode=True)
     # The parameters of a module that is simply called are reached, too, by backward as by torch.func.
-    d = coordinate_derivatives(network, tx, {"u": (), "u_t": (0,), "u_xx": (1, 1)})
+    d = coordinate_derivatives(network, tx, orders, mode=mode)
     slopes = torch.autograd.grad((d["u_t"] + d["u"] * d["u_xx"]).square().mean(), list(parameters.values()))
     for slope, exact in zip(slopes, grad(loss, tuple(range(len(values))))(*values), strict=True):
         torch.testing.assert_close(slope, exact)
 
 
-def test_derivatives_in_the_coordinates_go_on() -> None:
-    network, tx, v = _network(), _points(4), _points(4)
-    third = coordinate_derivatives(network, tx, [(0, 1, 1)])[0, 1, 1]
+@pytest.mark.parametrize("mode", ["forward", "reverse"])
+def test_derivatives_in_the_coordinates_go_on(mode: str) -> None:
+    network, tx, v = _network(3 if mode == "forward" else 1), _points(4), _points(4)
+    third = coordinate_derivatives(network, tx, [(0, 1, 1)], mode=mode)[0, 1, 1]
     t = torch.zeros_like(tx).index_fill(-1, torch.tensor(0), 1)
-    _, forward = jvp(lambda p: coordinate_derivatives(network, p, [(1, 1)])[1, 1], (tx,), (t,))
+    _, forward = jvp(lambda p: coordinate_derivatives(network, p, [(1, 1)], mode=mode)[1, 1], (tx,), (t,))
     torch.testing.assert_close(forward, third)
     leaf = tx.clone().requires_grad_()
-    (reverse,) = torch.autograd.grad(coordinate_derivatives(network, leaf, [(1, 1)])[1, 1][:, 0].sum(), leaf)
+    (reverse,) = torch.autograd.grad(coordinate_derivatives(network, leaf, [(1, 1)], mode=mode)[1, 1][:, 0].sum(), leaf)
     torch.testing.assert_close(reverse[:, 0], third[:, 0])
-    mapped = vmap(lambda p: coordinate_derivatives(network, p, [(0, 1, 1)])[0, 1, 1])(tx)
+    mapped = vmap(lambda p: coordinate_derivatives(network, p, [(0, 1, 1)], mode=mode)[0, 1, 1])(tx)
     torch.testing.assert_close(mapped, third)
-    assert gradcheck(lambda p: coordinate_derivatives(network, p, [(0,)])[0,], (v.requires_grad_(),), fast_mode=True)
+    assert gradcheck(lambda p: coordinate_derivatives(network, p, [(0,)], mode=mode)[0,], (v.requires_grad_(),), fast_mode=True)
 
 
-def test_lower_derivatives_come_along() -> None:
+@pytest.mark.parametrize("mode", ["forward", "reverse"])
+def test_lower_derivatives_come_along(mode: str) -> None:
     calls = 0
 
     def counted(p: Tensor) -> Tensor:
@@ -99,7 +117,7 @@ def test_lower_derivatives_come_along() -> None:
         calls += 1
         return torch.sin(p).prod(-1)
 
-    coordinate_derivatives(counted, _points(3), [(), (1,), (1, 1), (0,), (1, 0)])
+    coordinate_derivatives(counted, _points(3), [(), (1,), (1, 1), (0,), (1, 0)], mode=mode)
     assert calls == 2, "one pass for (0, 1), with u and u_t, and one for (1, 1), with u_x"
 
 
@@ -117,3 +135,26 @@ def test_refusals() -> None:
     for path in ((2,), (-1,)):
         with pytest.raises(ShapeError, match="the coordinates 0 to 1"):
             coordinate_derivatives(torch.sin, torch.zeros(3, 2), [path])
+    with pytest.raises(ShapeError, match=r"one output a point; from \(5, 2\) came \(5, 3\)"):
+        coordinate_derivatives(_network(), _points(5), [(0,)], mode="reverse")
+    with pytest.raises(ValueError, match="mode must be"):
+        coordinate_derivatives(torch.sin, torch.zeros(3, 2), [(0,)], mode="both")
+
+
+def test_as_features_of_a_hard_constraint() -> None:
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Linear(1, 16), nn.Tanh(), nn.Linear(16, 5)).double()
+    x = torch.linspace(0, 1, 30, dtype=torch.float64).unsqueeze(-1)
+    growth = HardConstraint(
+        lambda z, _: z["u_x"] - z["u"] * (1 - z["u"]), features=lambda _, d: d, rows=[dirichlet(0.2, dim=0, weight=10.0)]
+    )
+
+    def solution(*parameters: Tensor) -> Tensor:
+        named = dict(zip(dict(network.named_parameters()), parameters, strict=True))
+        d = coordinate_derivatives(lambda p: functional_call(network, named, (p,)), x, {"u": (), "u_x": (0,)})
+        return growth(d["u"], d)
+
+    parameters = tuple(network.parameters())
+    exact = 1 / (1 + 4 * torch.exp(-x.squeeze(-1)))
+    torch.testing.assert_close(solution(*parameters), exact, rtol=0, atol=1e-3)
+    assert gradcheck(solution, parameters, fast_mode=True, eps=1e-5, atol=1e-4)

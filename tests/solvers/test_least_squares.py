@@ -150,3 +150,43 @@ def test_bad_arguments():
             solver(lambda x: x.sum(), torch.zeros(2, 3), batch_ndim=1)
     with pytest.raises(ValueError, match="damping"):
         levenberg_marquardt(torch.sinh, torch.zeros(3), damping=0.0)
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_normal_equations_of_the_caller(solver):
+    A = randn(3, 12, 4)
+    b = torch.tanh((A @ randn(3, 4, 1, seed=1)).squeeze(-1)) + 0.05 * randn(3, 12, seed=2)
+
+    def residual(x):
+        return torch.tanh((A @ x[..., None]).squeeze(-1)) - b
+
+    def normal_equations(x):
+        z = (A @ x[..., None]).squeeze(-1)
+        J = (1 - torch.tanh(z) ** 2)[..., None] * A
+        return J.mT @ J, (J.mT @ residual(x)[..., None]).squeeze(-1)
+
+    start = torch.zeros(3, 4, dtype=D)
+    own, given = solver(residual, start, batch_ndim=1), solver(residual, start, batch_ndim=1, normal_equations=normal_equations)
+    assert_solved(given)
+    torch.testing.assert_close(given.x, own.x, atol=1e-10, rtol=0)
+    assert given.iterations.tolist() == own.iterations.tolist()
+
+
+def test_newtons_model_ends_what_gauss_newtons_is_slow_on():
+    W, data = randn(40, 4), randn(3, 40, seed=1)
+
+    def residual(x):
+        return torch.tanh(x @ W.T) - data
+
+    def hessian(x):
+        return torch.func.vmap(torch.func.hessian(lambda x, d: ((torch.tanh(W @ x) - d) ** 2).sum() / 2))(x, data)
+
+    start = torch.zeros(3, 4, dtype=D)
+    slow, fast = (levenberg_marquardt(residual, start, batch_ndim=1, hessian=h) for h in (None, hessian))
+    assert_solved(fast)
+    assert (fast.iterations < slow.iterations).all()
+    assert int(fast.iterations.sum()) < int(slow.iterations.sum()) / 2
+    assert float(gradient_norm(residual, fast.x).max()) < 1e-9
+    alone = levenberg_marquardt(lambda x: torch.tanh(W @ x) - data[1], start[1], hessian=lambda x: hessian(x.expand(3, 4))[1])
+    torch.testing.assert_close(alone.x, fast.x[1])
+    assert alone.iterations == fast.iterations[1]

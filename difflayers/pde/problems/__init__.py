@@ -3,15 +3,18 @@
 from .burgers import Burgers
 from .diffusion_sorption import DiffusionSorption
 from .fisher_kpp import FisherKPP
+from .fitzhugh_nagumo import FitzHughNagumo
 from .navier_stokes import NavierStokes
-from .porous_medium import Diffusion, GeneralizedPorousMedium, PorousMedium, Stefan
+from .porous_medium import Diffusion, GeneralizedPorousMedium, PorousMedium
 from .problem import Problem
+from .stefan import Stefan
 
 __all__ = [
     "Burgers",
     "Diffusion",
     "DiffusionSorption",
     "FisherKPP",
+    "FitzHughNagumo",
     "GeneralizedPorousMedium",
     "NavierStokes",
     "PorousMedium",

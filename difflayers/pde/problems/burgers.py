@@ -27,7 +27,8 @@ import torch
 from torch import Tensor
 
 from ..finite_difference import finite_difference
-from .problem import Problem
+from ..rows import BoundaryRows, initial
+from .problem import Problem, initial_values
 
 __all__ = ["Burgers"]
 
@@ -85,6 +86,14 @@ class Burgers(Problem):
         """u_t + u u_x − ν u_xx."""
         return products["u_t"] + products["u"] * products["u_x"] - self.viscosity * products["u_xx"]
 
+    def rows(self, *, weight: float = 1.0) -> list[BoundaryRows]:
+        """The initial condition, whose values are the argument of the constraint. The features are periodic as they are.
+
+        Args:
+            weight: of these rows; the equation itself has 1.
+        """
+        return [initial(initial_values, weight=weight)]
+
     def initial(
         self,
         batch: int,
@@ -130,30 +139,32 @@ class Burgers(Problem):
             modes[-1] = 0  # of the highest wave the mesh sees the cosine only
         wave = 2j * torch.pi / self.length * torch.arange(len(modes), dtype=torch.float64)
         if refine is None:
-            refine = self._refinement(torch.fft.irfft(wave * modes, self.points).amax())
+            refine = self._refinement(float(torch.fft.irfft(wave * modes, self.points).amax()))
         n = self.points * refine
         w = torch.fft.irfft(modes, n) * refine
         antiderivative = torch.fft.irfft(torch.cat([modes[:1] * 0, modes[1:] / wave[1:]]), n) * refine
         y = self.length / n * torch.arange(n, dtype=torch.float64)
-        rows = [u0 if k == 0 else mean + self._mean_over(y, w, antiderivative, self.x - mean * t, float(t)) for k, t in enumerate(self.t)]
+        # x_i − ct − y_j is one of n distances only: those of −ct from y.
+        pair = (refine * torch.arange(self.points)[:, None] - torch.arange(n)) % n
+        rows = [u0 if k == 0 else mean + self._mean(w, antiderivative, y - mean * t, pair, float(t)) for k, t in enumerate(self.t)]
         return torch.stack(rows)
 
-    def _refinement(self, slope: Tensor) -> int:
+    def _refinement(self, slope: float) -> int:
         if self.viscosity == 0:
             return math.ceil(4096 / self.points)
-        narrowest = math.sqrt(2 * self.viscosity / (1 / self.spacing[0] + float(slope)))
-        return max(4, math.ceil(1.5 * self.spacing[1] / narrowest))
+        narrowest = math.sqrt(2 * self.viscosity / (1 / self.spacing[0] + slope))
+        return max(2, math.ceil(1.5 * self.spacing[1] / narrowest))
 
-    def _mean_over(self, y: Tensor, w: Tensor, antiderivative: Tensor, x: Tensor, t: float) -> Tensor:
+    def _mean(self, w: Tensor, antiderivative: Tensor, distance: Tensor, pair: Tensor, t: float) -> Tensor:
         """Σ w e^{−G/2ν} / Σ e^{−G/2ν} at each x, or its limit for ν = 0."""
-        distance = torch.remainder(x[:, None] - y + self.length / 2, self.length) - self.length / 2
+        distance = torch.remainder(distance + self.length / 2, self.length) - self.length / 2
         if self.viscosity == 0:
-            return self._at_minimum(antiderivative + distance**2 / (2 * t), distance, t)
+            return self._at_minimum(antiderivative + (distance**2 / (2 * t))[pair], distance[pair], t)
         # Every period has an image of y. Those that are farther off than nine widths of the heat kernel weigh nothing.
         images = math.ceil(9 * math.sqrt(2 * self.viscosity * t) / self.length)
-        shifts = self.length * torch.arange(-images, images + 1, dtype=torch.float64)[:, None, None]
-        weights = -(antiderivative + (distance + shifts) ** 2 / (2 * t)) / (2 * self.viscosity)
-        return torch.softmax(torch.logsumexp(weights, 0), -1) @ w
+        shifts = self.length * torch.arange(-images, images + 1, dtype=torch.float64)[:, None]
+        kernel = torch.logsumexp(-((distance + shifts) ** 2) / (4 * self.viscosity * t), 0)
+        return torch.softmax(kernel[pair] - antiderivative / (2 * self.viscosity), -1) @ w
 
     def _at_minimum(self, G: Tensor, distance: Tensor, t: float) -> Tensor:
         """(x − y)/t at the minimum of G over y, which the parabola through the three lowest neighbours places between the points."""

@@ -35,6 +35,7 @@ import torch
 from torch import Tensor
 
 from ..finite_difference import finite_difference
+from ..rows import BoundaryRows, dirichlet, initial, robin
 from .method_of_lines import cells_for, method_of_lines, refined
 from .problem import Problem
 
@@ -103,6 +104,20 @@ class DiffusionSorption(Problem):
         """u_t − D/R(u) u_xx."""
         return products["u_t"] - self.diffusivity / self.retardation(products["u"]) * products["u_xx"]
 
+    def rows(self, *, weight: float = 1.0) -> list[BoundaryRows]:
+        """The initial condition, relative to its size, and those at both ends. The initial values are the argument of the constraint.
+
+        At the corner t = 0, x = 0 the left end wins: there 1 stands in place of the initial value.
+
+        Args:
+            weight: of all these rows; the equation itself has 1.
+        """
+        return [
+            initial(_with_left_end, relative=True, weight=weight),
+            dirichlet(1.0, dim=1, weight=weight),
+            robin(0.0, self.spacing[1], dim=1, side="upper", b=self.diffusivity, weight=weight),
+        ]
+
     def initial(
         self,
         batch: int,
@@ -151,3 +166,7 @@ class DiffusionSorption(Problem):
             return net / self.retardation(u)
 
         return rate
+
+
+def _with_left_end(initial: Tensor, *args: Any) -> Tensor:
+    return torch.cat([torch.ones_like(initial[..., :1]), initial[..., 1:]], -1)

@@ -22,8 +22,9 @@ import torch
 from torch import Tensor
 
 from ..finite_difference import finite_difference
+from ..rows import BoundaryRows, initial, neumann
 from .method_of_lines import cells_for, method_of_lines, refined
-from .problem import Problem
+from .problem import Problem, initial_values
 
 __all__ = ["FisherKPP"]
 
@@ -74,6 +75,19 @@ class FisherKPP(Problem):
         """u_t − D u_xx − r u (1 − u)."""
         u = products["u"]
         return products["u_t"] - self.diffusivity * products["u_xx"] - self.rate * u * (1 - u)
+
+    def rows(self, *, weight: float = 1.0) -> list[BoundaryRows]:
+        """The initial condition, whose values are the argument of the constraint, and that nothing flows through the ends.
+
+        Args:
+            weight: of all these rows; the equation itself has 1. As u = 0 obeys it, too, rows of little weight may be given up.
+        """
+        dx = self.spacing[1]
+        return [
+            initial(initial_values, weight=weight),
+            neumann(0.0, dx, dim=1, weight=weight),
+            neumann(0.0, dx, dim=1, side="upper", weight=weight),
+        ]
 
     def initial(
         self,

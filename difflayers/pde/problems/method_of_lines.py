@@ -52,7 +52,7 @@ def method_of_lines(rate: Callable[[float, Any], Any], initial: Tensor, t: Tenso
         try:
             found = solve_ivp(finite_rate, (ticks[0], ticks[-1]), rows[index], t_eval=ticks, rtol=rtol, atol=atol, **options)
             if not found.success:
-                raise FloatingPointError(found.message)
+                raise FloatingPointError(f"it did not go beyond t = {found.t[-1]:g}. {found.message}")
         except FloatingPointError as error:
             message = (
                 f"no reference solution for element {index}: {error} Look whether its initial condition is one that the equation can keep."

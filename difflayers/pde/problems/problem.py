@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ...errors import ShapeError
 
-__all__ = ["Problem"]
+__all__ = ["Problem", "initial_values"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +54,11 @@ class Problem(ABC):
     def grid(self) -> tuple[int, ...]:
         """The shape of the mesh: times, then points for each dimension of space."""
         return (self.times, *(self.points,) * self.space_ndim)
+
+    @property
+    def space(self) -> tuple[int, ...]:
+        """The shape of an initial condition: points for each dimension of space."""
+        return (self.points,) * self.space_ndim
 
     @property
     def x(self) -> Tensor:
@@ -148,12 +153,16 @@ class Problem(ABC):
         return self.residual({name: feature.squeeze(-1) for name, feature in features.items()}, *args)
 
     def _check_initial(self, initial: Tensor) -> None:
-        space = self.grid[1:]
+        space = self.space
         if initial.shape[-len(space) :] != space or not initial.is_floating_point():
-            raise ShapeError(
-                f"initial is {initial.dtype} of shape {tuple(initial.shape)}; wanted floating numbers (*batch, *space), space being {space}"
-            )
+            came = f"{initial.dtype} of shape {tuple(initial.shape)}"
+            raise ShapeError(f"initial is {came}; wanted floating numbers, (*batch, *space), where space is {space}")
         if not torch.isfinite(initial).all() or (self.nonnegative and bool((initial < 0).any())):
             raise ValueError(
                 f"initial has values that are not finite{' or negative' if self.nonnegative else ''}: look at them before solving"
             )
+
+
+def initial_values(initial: Tensor, *args: Any) -> Tensor:
+    """The first argument of a constraint, which the initial rows of a problem take for their values."""
+    return initial
