@@ -64,6 +64,8 @@ class MixtureOfConstraints(nn.Module):
         ['0.0359', '0.0018']
     """
 
+    labels: Tensor | None
+
     def __init__(
         self,
         constraint: HardConstraint,
