@@ -185,9 +185,9 @@ else:
 # %%
 # What was found
 # --------------
-# A process keeps the features of its own experts only, and assembles their part of the matrices. The basis, the rows between the experts and
-# the factor of the coupled system are in every process: with more points, and fewer functions, it comes nearer to half. What a process waits for
-# the other is in the first column only.
+# A process keeps the features of its own experts only, and assembles their part of the matrices. The basis, the rows between the experts
+# and the factor of the coupled system are in every process: with more points, and fewer functions, it comes nearer to half. What a
+# process waits for the other is in the first column only.
 
 print(f"gradient of the network, {len(found['costs'])} processes against one: relative difference {found['difference']:.1e}")
 print(f"\n{'forward and backward':22}{'seconds':>10}{'processor s':>13}{'MB kept':>10}")
