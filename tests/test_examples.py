@@ -107,6 +107,12 @@ LINES = {
         "fixed point {} ± {} {} ± {} {} {}",
     ],
     "jacobian_descent": ["average {} {} {} × {} × {} {} {} %", "UPGrad {} {} {} × {} × {} {} {} %"],
+    "navier_stokes_experts": [
+        "untrained 0.0 {} {} {} {} {}",
+        "soft penalty {} {} {} {} {} {}",
+        "soft penalty, 3 × steps {} {} {} {} {} {}",
+        "4 experts {} {} {} {} {} {}",
+    ],
 }
 SEEDED = (
     "continual_learning",
