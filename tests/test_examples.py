@@ -106,6 +106,17 @@ LINES = {
         "5 steps unrolled {} ± {} {} ± {} {} {}",
         "fixed point {} ± {} {} ± {} {} {}",
     ],
+    "conservation": [
+        "ProbConserv {} {} ± {} {} ± {} {} ± {}",
+        "trained through it {} {} ± {} {} ± {}",
+        "penalty {} {} ± {} {} ± {}",
+    ],
+    "distributed_experts": [
+        "gradient of the network, 2 processes against one: relative difference",
+        "one process {} {} {}",
+        "process 1 {} {} {}",
+        "error on initial conditions never seen: {} before training, {} after 2 steps",
+    ],
     "jacobian_descent": ["average {} {} {} × {} × {} {} {} %", "UPGrad {} {} {} × {} × {} {} {} %"],
     "navier_stokes_experts": [
         "untrained 0.0 {} {} {} {} {}",
