@@ -111,6 +111,12 @@ LINES = {
         "trained through it {} {} ± {} {} ± {}",
         "penalty {} {} ± {} {} ± {}",
     ],
+    "distributed_experts": [
+        "gradient of the network, 2 processes against one: relative difference",
+        "one process {} {} {}",
+        "process 1 {} {} {}",
+        "error on initial conditions never seen: {} before training, {} after 2 steps",
+    ],
     "jacobian_descent": ["average {} {} {} × {} × {} {} {} %", "UPGrad {} {} {} × {} × {} {} {} %"],
 }
 SEEDED = (

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from ..convex.projections.arguments import status_reported
 from ..errors import ShapeError
+from ..holding import hold
 from ..implicit.eager import eager
 from ..solution import OnFailure, Status
 from .completion import completion
@@ -212,13 +213,8 @@ class ConservationProjection(nn.Module):
         on_failure: OnFailure = "raise",
     ) -> None:
         super().__init__()
-        for name, part in (("weights", weights), ("noise", noise)):
-            if isinstance(part, nn.Parameter):
-                self.register_parameter(name, part)
-            elif isinstance(part, Tensor):
-                self.register_buffer(name, part)
-            else:
-                setattr(self, name, part)
+        hold(self, "weights", weights)
+        hold(self, "noise", noise)
         self.covariance: Form = covariance
         self.grid_ndim, self.smoothness = grid_ndim, smoothness
         self.on_failure: OnFailure = on_failure
