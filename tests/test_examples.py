@@ -106,6 +106,11 @@ LINES = {
         "5 steps unrolled {} ± {} {} ± {} {} {}",
         "fixed point {} ± {} {} ± {} {} {}",
     ],
+    "conservation": [
+        "ProbConserv {} {} ± {} {} ± {} {} ± {}",
+        "trained through it {} {} ± {} {} ± {}",
+        "penalty {} {} ± {} {} ± {}",
+    ],
     "distributed_experts": [
         "gradient of the network, 2 processes against one: relative difference",
         "one process {} {} {}",

@@ -25,11 +25,16 @@ from torch import Tensor
 from torch._C import _functorch
 
 from ..errors import DiffLayersError, ShapeError
-from ..solvers.linearize import jvp, vjp
+from ..solvers.linearize import vjp
 from .least_squares import RowSystem
 from .sharding import Slots
 
 __all__ = ["Coupled", "Free", "LinearRows", "PointRows", "Structured"]
+
+_MIXES = (
+    "with features= the residual must be pointwise, each row a function of the products at its own point: this one mixes points "
+    "(a derivative, a mean, a sum over them?). Move what is linear in the solution into features=, or leave them out"
+)
 
 Split = Callable[[Sequence[Any]], Any]
 
@@ -80,8 +85,8 @@ class Structured(RowSystem):
     def rows(self, w: Tensor, *theta: Any) -> Tensor:
         """ρ of every block, times its weight, then Lw − g."""
         points, linear = self.split(theta)
-        rho = [self._rho(points, theta)(_products(points, w))] if points else []
-        return torch.cat([*rho, *(_spread(rows.at(w), w) for rows in linear)], -1)
+        rho = self._rho(points, theta)(_products(points, w))
+        return torch.cat([rho, *(_spread(rows.at(w), w) for rows in linear)], -1)
 
     def gradient(self, w: Tensor, *theta: Any) -> Tensor:
         """Σ T_kᵀ (ρ ρ_k) + Lᵀ(Lw − g)."""
@@ -95,58 +100,44 @@ class Structured(RowSystem):
         points, linear = self.split(theta)
         products = _products(points, w)
         rho, pullback = vjp(self._rho(points, theta), products)
-        return self._gram(points, linear, w, pullback(torch.ones_like(rho))[0]), _assemble(points, linear, w, pullback(rho)[0])
+        return _normal_equations(points, linear, w, rho, pullback(torch.ones_like(rho))[0])
 
     def hessian(self, w: Tensor, *theta: Any) -> Tensor:
         """JᵀJ, and Σ T_kᵀ (ρ ρ_kl) T_l where that is not zero."""
         points, linear = self.split(theta)
         products, function = _products(points, w), self._rho(points, theta)
         rho, pullback = vjp(function, products)
-        matrix = self._gram(points, linear, w, pullback(torch.ones_like(rho))[0])
+        matrix, _ = _normal_equations(points, linear, w, rho, pullback(torch.ones_like(rho))[0])
+        # ρ ρ_k with its factor ρ held; its pullback of the ones of one k gives ρ ρ_kl for every l.
+        _, curvature = vjp(lambda z: vjp(function, z)[1](rho)[0], products)
         for j in range(max((len(block.features) for block in points), default=0)):
             along = _cat([_direction(j, block, w) for block in points])
-            # The derivative of ρ ρ_k along z_l, with its factor ρ held.
-            curvature = jvp(lambda z: vjp(function, z)[1](rho)[0], (products,), (along,))[1]
-            for block, pieces in zip(points, _pieces(points, curvature), strict=True):
-                terms = [(pieces[name], T) for name, T in block.features.items() if _may_matter(pieces[name])]
-                if j < len(block.features) and terms:
-                    left = sum((c.unsqueeze(-1) * T.to(w.dtype) for c, T in terms), torch.zeros_like(w[..., None, :]))
-                    matrix = matrix + left.mT @ list(block.features.values())[j].to(w.dtype)
+            for block, pieces in zip(points, _pieces(points, curvature(along)[0]), strict=True):
+                matrix = _with_curvature(matrix, j, list(block.features.values()), list(pieces.values()))
         return matrix
 
     def check(self, w: Tensor, theta: Sequence[Any]) -> None:
-        """Refuse functions that mix points: their derivative along a direction is not that of each point on its own."""
+        """Refuse functions that mix points: what they pull back to a point depends on the cotangents of others."""
         points, _ = self.split(theta)
-        products, function = _products(points, w), self._rho(points, theta)
-        direction = torch.cos(torch.arange(products.shape[-1], device=w.device) ** 2 + 1.0).to(w.dtype).expand_as(products)
-        rho, derivative = jvp(function, (products,), (direction,))
-        slopes = vjp(function, products)[1](torch.ones_like(rho))[0]
-        alone = [sum(pieces.values(), torch.zeros_like(w[..., :1])) for pieces in _pieces(points, slopes * direction)]
-        off = (derivative - _cat(alone)).abs()
-        if bool((off > 1e3 * torch.finfo(w.dtype).eps ** 0.75 * derivative.abs().amax(-1, keepdim=True)).any()):
-            raise DiffLayersError(
-                "with features= the residual must be pointwise, each row a function of the products at its own point: this one mixes "
-                "points (a derivative, a mean, a sum over them?). Move what is linear in the solution into features=, or leave them out"
-            )
+        products = _products(points, w)
+        rho, pullback = vjp(self._rho(points, theta), products)
+        direction = torch.cos(torch.arange(rho.shape[-1], device=w.device) ** 2 + 1.0).to(w.dtype).expand_as(rho)
+        slopes, pulled = (_pieces(points, pullback(cotangent)[0]) for cotangent in (torch.ones_like(rho), direction))
+        for block, ones, others, along in zip(points, slopes, pulled, _split(points, direction), strict=True):
+            for name in block.features:
+                off = (others[name] - along * ones[name]).abs()
+                if bool((off > 1e3 * torch.finfo(w.dtype).eps ** 0.75 * ones[name].abs().amax(-1, keepdim=True)).any()):
+                    raise DiffLayersError(_MIXES)
 
     def _rho(self, points: Sequence[PointRows], theta: Sequence[Any]) -> Callable[[Tensor], Tensor]:
         def weighted(products: Tensor) -> Tensor:
+            if not points:
+                return products
             rows = self.functions(theta, _pieces(points, products), [block.args for block in points])
             rows = [rho if block.weight is None else rho * block.weight for rho, block in zip(rows, points, strict=True)]
             return _cat([rho.to(products.dtype) for rho in rows])
 
         return weighted
-
-    def _gram(self, points: Sequence[PointRows], linear: Sequence[LinearRows], w: Tensor, slopes: Tensor) -> Tensor:
-        gram = torch.zeros_like(w[..., None] * w[..., None, :])
-        for block, pieces in zip(points, _pieces(points, slopes), strict=True):
-            terms = [pieces[name].unsqueeze(-1) * T.to(w.dtype) for name, T in block.features.items()]
-            jacobian = sum(terms[1:], terms[0])
-            gram = gram + jacobian.mT @ jacobian
-        for rows in linear:
-            matrix = rows.matrix.to(w.dtype)
-            gram = gram + matrix.mT @ matrix
-        return gram
 
 
 class Free(RowSystem):
@@ -228,7 +219,7 @@ def _cat(rows: list[Tensor]) -> Tensor:
 
 def _products(points: Sequence[PointRows], w: Tensor) -> Tensor:
     """All products of all blocks, one behind the other, ``(*batch, ΣK·P)``."""
-    return _cat([_spread(_times(T, w), w) for block in points for T in block.features.values()])
+    return _cat([_spread(_times(T, w), w) for block in points for T in block.features.values()]) if points else w[..., :0]
 
 
 def _pieces(points: Sequence[PointRows], products: Tensor) -> list[dict[str, Tensor]]:
@@ -244,15 +235,58 @@ def _direction(j: int, block: PointRows, w: Tensor) -> Tensor:
     return torch.cat([torch.full((*w.shape[:-1], size), float(i == j), dtype=w.dtype, device=w.device) for i, size in enumerate(sizes)], -1)
 
 
+def _split(points: Sequence[PointRows], rows: Tensor) -> tuple[Tensor, ...]:
+    """The rows of each block."""
+    return rows.split([next(iter(block.features.values())).shape[-2] for block in points], -1)
+
+
 def _assemble(points: Sequence[PointRows], linear: Sequence[LinearRows], w: Tensor, cotangent: Tensor) -> Tensor:
     """Σ T_kᵀ c_k of all blocks, and Lᵀ(Lw − g)."""
     total = torch.zeros_like(w)
     for block, pieces in zip(points, _pieces(points, cotangent), strict=True):
         for name, T in block.features.items():
-            total = total + _times(T.mT, pieces[name])
+            total = total + _back(T, pieces[name])
     for rows in linear:
-        total = total + _times(rows.matrix.mT, rows.at(w))
+        total = total + _back(rows.matrix, _spread(rows.at(w), w))
     return total
+
+
+def _normal_equations(
+    points: Sequence[PointRows], linear: Sequence[LinearRows], w: Tensor, rho: Tensor, slopes: Tensor
+) -> tuple[Tensor, Tensor]:
+    """JᵀJ and Jᵀr, with J = Σ diag(ρ_k) T_k formed once."""
+    gram, gradient = torch.zeros_like(w[..., None] * w[..., None, :]), torch.zeros_like(w)
+    for block, pieces, r in zip(points, _pieces(points, slopes), _split(points, rho), strict=True):
+        jacobian = _weighted(list(pieces.values()), list(block.features.values()), w.dtype)
+        gram, gradient = gram + jacobian.mT @ jacobian, gradient + _back(jacobian, r)
+    for rows in linear:
+        matrix = rows.matrix.to(w.dtype)
+        gram, gradient = gram + matrix.mT @ matrix, gradient + _back(matrix, _spread(rows.at(w), w))
+    return gram, gradient
+
+
+def _with_curvature(matrix: Tensor, j: int, features: list[Tensor], curvature: list[Tensor]) -> Tensor:
+    """``matrix`` and the terms T_jᵀ C_jk T_k and T_kᵀ C_kj T_j, k ≥ j, of one block; a C that is zero costs nothing."""
+    halved = [c / 2 if k == j else c for k, c in enumerate(curvature)]
+    which = [k for k in range(j, len(features)) if _may_matter(curvature[k])]
+    if not which:
+        return matrix
+    left = _weighted([halved[k] for k in which], [features[k] for k in which], matrix.dtype)
+    product = left.mT @ features[j].to(matrix.dtype)
+    return matrix + product + product.mT
+
+
+def _weighted(factors: list[Tensor], features: list[Tensor], dtype: torch.dtype) -> Tensor:
+    """Σ diag(c_k) T_k."""
+    total = factors[0].unsqueeze(-1) * features[0].to(dtype)
+    for c, T in zip(factors[1:], features[1:], strict=True):
+        total = torch.addcmul(total, c.unsqueeze(-1), T.to(dtype))
+    return total
+
+
+def _back(matrix: Tensor, rows: Tensor) -> Tensor:
+    """Lᵀv."""
+    return (rows.unsqueeze(-2) @ matrix.to(rows.dtype)).squeeze(-2)
 
 
 def _may_matter(values: Tensor) -> bool:

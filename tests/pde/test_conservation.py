@@ -13,6 +13,7 @@ from torch import Tensor
 
 from difflayers.errors import ConvergenceWarning, InfeasibleError, NotConvergedError, ShapeError
 from difflayers.pde import ConservationProjection, conservation_projection, trapezoid_weights
+from difflayers.pde.problems import Stefan
 from difflayers.solution import Status
 
 LAWS = st.tuples(st.integers(1, 6), st.integers(1, 3), st.integers(0, 10**6))
@@ -145,6 +146,36 @@ def test_the_heat_equation_keeps_its_mass() -> None:
     assert distance[0] < distance[1]
     assert worse <= 4
     assert better >= 15
+
+
+@pytest.mark.slow
+def test_a_network_on_stefans_problem_errs_less() -> None:
+    # It knows place and time, not the threshold: so it is unsure near the front, and the mass tells where that is.
+    coordinates = torch.cartesian_prod(torch.linspace(0, 1, 41), torch.linspace(0, 1, 41)).unflatten(0, (41, 41))
+    weights = trapezoid_weights(coordinates[0, :, 1].double())
+
+    def problem(threshold: float) -> Stefan:
+        return Stefan(points=41, times=41, threshold=threshold)
+
+    learned = torch.stack([problem(0.55 + 0.01 * k).exact() for k in range(16)])
+    for seed in range(3):
+        torch.manual_seed(seed)
+        network = torch.nn.Sequential(
+            torch.nn.Linear(2, 64), torch.nn.Tanh(), torch.nn.Linear(64, 64), torch.nn.Tanh(), torch.nn.Linear(64, 2)
+        )
+        optimizer = torch.optim.Adam(network.parameters(), lr=3e-3)
+        for _ in range(500):
+            mean, spread = network(coordinates).double().unbind(-1)
+            variance = torch.nn.functional.softplus(spread).square() + 1e-4
+            loss = ((learned - mean).square() / variance + variance.log())[:, 4:].mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        for threshold in (0.555, 0.605, 0.695):
+            truth = problem(threshold).exact()[4:]
+            found = conservation_projection(mean.detach()[4:], variance.detach()[4:], problem(threshold).mass()[4:], weights)
+            assert found.residual.max() < 1e-12
+            assert (found.mean - truth).square().mean() < (mean[4:] - truth).square().mean()
 
 
 def test_one_row_per_time_is_a_batch_of_times() -> None:
