@@ -43,7 +43,7 @@ def coordinate_derivatives(
 
     Args:
         function: ``(*batch, d) -> (*batch, ...)``, a network or anything that forward mode goes through. The value at a point must depend
-            on the coordinates of this point only (no normalization over the batch).
+            on the coordinates of this point only (no normalization over the batch), and be the same at every call (no dropout).
         coordinates: ``(*batch, d)``, floating.
         orders: which derivatives: each a sequence of the coordinates to differentiate by, ``(1, 1)`` for the second derivative in the
             coordinate 1, ``()`` for the function itself. In a mapping they have names.

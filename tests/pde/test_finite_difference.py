@@ -214,6 +214,14 @@ def test_a_basis_is_differentiated_function_by_function() -> None:
     torch.testing.assert_close(finite_difference(basis, 0.1, dim=-2) @ w, finite_difference(basis @ w, 0.1, dim=-1))
 
 
+def test_everything_happens_on_the_device_of_u() -> None:
+    u, x = torch.ones(3, 8, device="meta"), torch.arange(8.0, device="meta")
+    assert finite_difference(u, 0.5, order=2).device.type == "meta"
+    assert edge_derivative(u, torch.tensor(0.5), dim=1).device.type == "meta"
+    assert finite_difference_weights(x, 2).device.type == "meta"
+    assert vmap(lambda u: finite_difference(u, x))(u).device.type == "meta"  # no look at the values in a transform
+
+
 def test_coordinates_out_of_order() -> None:
     u = torch.ones(4)
     for x in ([0.0, 2.0, 1.0, 3.0], [0.0, 1.0, 1.0, 3.0], [0.0, 1.0, math.nan, 3.0]):

@@ -143,6 +143,12 @@ def test_a_batch_of_none_has_gradients() -> None:
     assert slopes[1] == 0
 
 
+def test_everything_happens_on_the_device_of_u() -> None:
+    u = torch.ones(3, 8, device="meta")
+    for found in (spectral_derivative(u, 1.0), chebyshev_derivative(u, dim=0), chebyshev_points(4, device="meta")):
+        assert found.device.type == "meta"
+
+
 def test_refusals() -> None:
     u = torch.ones(3, 8)
     for call in (lambda u, **options: spectral_derivative(u, 1.0, **options), chebyshev_derivative):

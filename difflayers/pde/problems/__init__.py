@@ -4,8 +4,9 @@ from .burgers import Burgers
 from .diffusion_sorption import DiffusionSorption
 from .fisher_kpp import FisherKPP
 from .navier_stokes import NavierStokes
-from .porous_medium import Diffusion, GeneralizedPorousMedium, PorousMedium, Stefan
+from .porous_medium import Diffusion, GeneralizedPorousMedium, PorousMedium
 from .problem import Problem
+from .stefan import Stefan
 
 __all__ = [
     "Burgers",
