@@ -240,12 +240,12 @@ def tolerance(case: Case, tols: tuple[float, ...]) -> None:
         without = relative_error(case.gradient(lambda basis, layer=approximate: layer(basis, case.u0)), exact)
         trials = int(layer.solve(case.basis, case.u0).iterations.max())
         table.row(f"{tol:.0e}", trials, 1e3 * seconds, error, plain, without)
-    along = torch.randn(case.basis.shape, generator=torch.Generator().manual_seed(1), dtype=case.basis.dtype)
-    layer, h = case.layer(), 1e-6
+    along = case.basis.roll(1, -1)  # as smooth as the basis: the second derivative of noise would drown everything
+    layer, h = case.layer(), 1e-4
     losses = [case.loss(layer(case.basis + step * along, case.u0)) for step in (-2 * h, -h, h, 2 * h)]
     slope = (8 * (losses[2] - losses[1]) - (losses[3] - losses[0])) / (12 * h)
     mine = (case.gradient(lambda basis: layer(basis, case.u0)) * along).sum()
-    print(f"\ndefault tolerance against finite differences along a random direction: {float((mine / slope - 1).abs()):.0e}")
+    print(f"\ndefault tolerance against finite differences along a direction: {float((mine / slope - 1).abs()):.0e}")
 
 
 def relative_error(found: Tensor, exact: Tensor) -> float:
