@@ -25,7 +25,7 @@ from torch import Tensor
 from torch._C import _functorch
 
 from ..errors import DiffLayersError, ShapeError
-from ..solvers.linearize import jvp, vjp
+from ..solvers.linearize import vjp
 from .least_squares import RowSystem
 from .sharding import Slots
 
@@ -123,8 +123,9 @@ class Structured(RowSystem):
                 off = (others[name] - along * ones[name]).abs()
                 if bool((off > 1e3 * torch.finfo(w.dtype).eps ** 0.75 * ones[name].abs().amax(-1, keepdim=True)).any()):
                     raise DiffLayersError(
-                        "with features= the residual must be pointwise, each row a function of the products at its own point: this one mixes "
-                        "points (a derivative, a mean, a sum over them?). Move what is linear in the solution into features=, or leave them out"
+                        "with features= the residual must be pointwise, each row a function of the products at its own point: this one "
+                        "mixes points (a derivative, a mean, a sum over them?). Move what is linear in the solution into features=, or "
+                        "leave them out"
                     )
 
     def _rho(self, points: Sequence[PointRows], theta: Sequence[Any]) -> Callable[[Tensor], Tensor]:
