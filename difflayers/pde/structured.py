@@ -128,11 +128,6 @@ class Structured(RowSystem):
                 off = (others[name] - along * ones[name]).abs()
                 if bool((off > 1e3 * torch.finfo(w.dtype).eps ** 0.75 * ones[name].abs().amax(-1, keepdim=True)).any()):
                     raise DiffLayersError(_MIXES)
-                    raise DiffLayersError(
-                        "with features= the residual must be pointwise, each row a function of the products at its own point: this one "
-                        "mixes points (a derivative, a mean, a sum over them?). Move what is linear in the solution into features=, or "
-                        "leave them out"
-                    )
 
     def _rho(self, points: Sequence[PointRows], theta: Sequence[Any]) -> Callable[[Tensor], Tensor]:
         def weighted(products: Tensor) -> Tensor:
