@@ -11,7 +11,7 @@ from torch import Tensor
 
 from difflayers.errors import NotConvergedError, ShapeError
 from difflayers.pde import HardConstraint, finite_difference
-from difflayers.pde.problems import NavierStokes
+from difflayers.pde.problems import NavierStokes, navier_stokes
 
 PI2 = 4 * math.pi**2
 
@@ -235,6 +235,8 @@ def test_what_is_refused() -> None:
         problem.features(torch.zeros(5, 8, 4, 2))
     with pytest.raises(ShapeError, match=r"\(5, 8, 8\)"):
         problem.mesh_residual(torch.zeros(4, 8, 8))
+    with pytest.raises(ShapeError, match=r"arguments\(initial\), got 0"):
+        problem.residual({})
     with pytest.raises(ValueError, match="not finite"):
         problem.solve(initial * torch.nan)
     for option in ({"refine": 1}, {"steps": 0}):
@@ -242,6 +244,7 @@ def test_what_is_refused() -> None:
             problem.solve(initial, **option)
 
 
-def test_a_tolerance_out_of_reach_is_said() -> None:
+def test_a_tolerance_out_of_reach_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(navier_stokes, "_TRIES", 3)
     with pytest.raises(NotConvergedError, match="refine and steps"):
         NavierStokes(points=4, times=3, duration=0.01).solve(torch.eye(4, dtype=torch.float64), tol=1e-30)
