@@ -213,9 +213,9 @@ with tqdm(total=options.seeds * sum(steps for _, steps in RUNS.values())) as bar
 #
 # * At equal numbers of steps the constraint wins, and experts win over one solve: an error of 0.16 with the penalty, 0.14 with one solve
 #   for the whole square, 0.126 with four.
-# * A step with a solve takes more than three times as long. Given three times the steps, the penalty reaches 0.109, and wins. Here a step of
-#   the network is cheap, and what limits all of them is how little it has learned; where a step of the network costs more than a solve, the
-#   first point counts.
+# * A step with a solve takes more than three times as long. Given three times the steps, the penalty reaches 0.109, and wins. Here a step
+#   of the network is cheap, and what limits all of them is how little it has learned; where a step of the network costs more than a solve,
+#   the first point counts.
 # * The best of all is the network of the penalty with experts added only when it is tested: 0.100 with four of them, 0.097 with sixteen. A
 #   solve needs no training.
 # * More experts lower the residual every time. The error follows less and less, since nothing in these residuals asks neighbours to agree.
