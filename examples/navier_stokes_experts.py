@@ -250,7 +250,7 @@ for row, k in zip(axes, times, strict=True):
     errors = [picture - truth[0, k] for picture in pictures[1:]]
     for axis, picture in zip(row, [*pictures, *errors], strict=True):
         scale = largest if axis in row[: len(shown)] else largest / 4
-        axis.imshow(picture.T, origin="lower", cmap="RdBu_r", vmin=-scale, vmax=scale)
+        axis.imshow(picture.T.numpy(), origin="lower", cmap="RdBu_r", vmin=-scale, vmax=scale)
         axis.set(xticks=[], yticks=[])
     row[0].set_ylabel(f"t = {problem.t[k]:.2f}")
 for axis, title in zip(axes[0], [*shown, *(f"error (× 4):\n{name}" for name in list(shown)[1:])], strict=True):
