@@ -262,7 +262,13 @@ class BoundaryRows(nn.Module):
 
 
 def on_points(arg: Any, grid: tuple[int, ...], region: Region | None = None) -> Any:
-    """A tensor whose last dimensions broadcast against the grid, at the points of a region, ``(*lead, P)``; anything else as it is."""
+    """A tensor whose last dimensions broadcast against the grid, at the points of a region, ``(*lead, P)``; anything else as it is.
+
+    Args:
+        arg: anything.
+        grid: the shape of the grid.
+        region: slices of its dimensions; None is all of it.
+    """
     if (
         not isinstance(arg, Tensor)
         or arg.dim() < len(grid)

@@ -295,7 +295,15 @@ def _may_matter(values: Tensor) -> bool:
 
 
 def one_each(rho: Any, products: dict[str, Tensor]) -> Tensor:
-    """Refuse rows that are not one number for each point."""
+    """Refuse rows that are not one number for each point.
+
+    Args:
+        rho: what a user's function returned.
+        products: ``(*batch, P)`` each, what it was given.
+
+    Raises:
+        ShapeError: it is no tensor that broadcasts to ``(*batch, P)``, or has one number for all points.
+    """
     points = next(iter(products.values())).shape
     if not isinstance(rho, Tensor) or rho.shape[-1:] != points[-1:] or rho.dim() > len(points):
         came = tuple(rho.shape) if isinstance(rho, Tensor) else type(rho).__name__
