@@ -203,10 +203,10 @@ for column, tol in enumerate(TOLERANCES):
 # The formula where the solver stopped is worse than the solution by a factor of ten: at 1e-4, where published constraints stop, u is off by
 # 1 % and its gradient by 8 %; at 1e-8 the gradient has four digits. At loose tolerances it is no gradient at all. Unrolling knows
 # nothing of the tolerance and is one to two digits worse still, since derivatives of iterates converge after the iterates. Leaving out the
-# second derivatives of the residual costs 10 % here at any tolerance: what cannot be made zero stays in this Hessian.
+# second derivatives of the residual costs 10 % here at any tolerance: what the basis leaves of the residual stays in this Hessian.
 #
-# The layer has ten digits from 1e-6 on, and six at 1e-4. Its Newton steps cost about one more iteration. What they can't do is to find the
-# basin of the minimum: at 1e-1 the solver stops so early that the layer is as wrong as the rest.
+# The layer has ten digits wherever its Newton steps begin in the basin of the minimum. With the default tolerance they do. With loose ones
+# they may not, as the thin line of one seed shows, and then it is as wrong as the rest.
 
 figure, axes = plt.subplots(1, 3, figsize=(15, 4.4), layout="constrained", width_ratios=(1.4, 1, 1))
 for row, (name, colour) in enumerate(zip(WAYS, ("tab:red", "tab:blue", "tab:green", "tab:orange"), strict=True)):
