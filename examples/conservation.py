@@ -2,18 +2,19 @@ r"""
 Predictions that conserve mass
 ==============================
 
-A network that has learned a conservation law from data obeys it about. Water comes in at the left end of a porous medium, a meter counts it,
-and the prediction of where it went adds up to something else. The generalized porous medium equation
+A network that has learned a conservation law from data obeys it roughly. Water comes in at the left end of a porous medium, a meter
+counts it, and the prediction of where it went adds up to something else. The generalized porous medium equation
 
 .. math:: \frac{\partial u}{\partial t} = \frac{\partial}{\partial x}\Bigl(k(u) \frac{\partial u}{\partial x}\Bigr)
 
-makes it hard: with :math:`k = u^m` the profile ends in a steep front, and in Stefan's problem, where k is a step at the value u*, in a jump.
+makes it hard: with :math:`k = u^m` the profile ends in a steep front, and in Stefan's problem, where k is a step at the value u*,
+in a jump.
 
-The network here knows how unsure it is: it returns a mean and a variance for each point. :class:`~difflayers.ConservationProjection` makes
-the total mass exactly what has flown in, and corrects the values that are unsure (ProbConserv, Hansen et al., ICML 2023, arXiv:2302.11002).
-Those are the values at the front, so this moves the front to where the mass says it is. It is compared with a penalty in
-training, with the Euclidean projection, which spreads the correction over all points, with a stage for smoothness, with constraints
-of monotone and nonnegative profiles (:class:`~difflayers.LinearConstraint`), and with training *through* the projection.
+The network here knows how unsure it is: it returns a mean and a variance for each point. :class:`~difflayers.ConservationProjection`
+makes the total mass exactly what has flown in, and for that corrects the values that are unsure (ProbConserv, Hansen et al., ICML 2023,
+arXiv:2302.11002). It is compared with a penalty in training; with the Euclidean projection, which spreads the correction over all
+points; with a stage for smoothness; with monotone and nonnegative profiles as further constraints
+(:class:`~difflayers.LinearConstraint`); and with training *through* the projection.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from __future__ import annotations
 import argparse
 import math
 import os
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -46,9 +48,9 @@ torch.set_num_threads(1)  # the networks are small: more threads would only wait
 # %%
 # Problems
 # --------
-# Each is drawn with its own parameter: the exponent m of the porous medium, the threshold u* of Stefan's problem. Solutions and masses are exact,
-# on a mesh of 101 times and 101 points. The network sees 30 values of one solution, anywhere in space and time, and is asked for the profile
-# at one time. It has no other way to know the parameter.
+# Each is drawn with its own parameter: the exponent m of the porous medium, the threshold u* of Stefan's problem. Solutions and masses are
+# exact, on a mesh of 101 times and 101 points. The network sees 30 values of one solution, anywhere in space and time, and is asked for
+# the profile at one time. It has no other way to know the parameter.
 
 POINTS, SEEN, BATCH = 101, 30, 12
 x = torch.linspace(0, 1, POINTS)
@@ -102,7 +104,7 @@ def draw_questions(data: Data, count: int, generator: torch.Generator) -> Questi
 
 
 def perceptron(*sizes: int) -> nn.Sequential:
-    layers = [layer for pair in zip(sizes, sizes[1:], strict=False) for layer in (nn.Linear(*pair), nn.ReLU())]
+    layers = [layer for pair in pairwise(sizes) for layer in (nn.Linear(*pair), nn.ReLU())]
     return nn.Sequential(*layers[:-1])
 
 
@@ -133,9 +135,9 @@ def log_likelihood(mean: Tensor, variance: Tensor, u: Tensor) -> Tensor:
 
 
 # %%
-# Three ways to train, six to predict
-# -----------------------------------
-# The penalty's weight of 100 is the largest that did not spoil the training: with 1000 the porous medium was no longer learned.
+# Three ways to train, seven to predict
+# -------------------------------------
+# The penalty has the weight 10. With 100 the porous medium was learned worse, and with 1000 neither problem was learned at all.
 
 project = ConservationProjection(weights)
 falling = torch.cat([torch.eye(POINTS).diff(dim=0), -torch.eye(POINTS)[-1:]]).double()
@@ -187,7 +189,7 @@ def scores(mean: Tensor, variance: Tensor, asked: Questions) -> list[float]:
 
 
 KINDS = ("porous medium", "Stefan")
-WAYS = ({}, {"penalty": 100.0}, {"through": True})
+WAYS = ({}, {"penalty": 10.0}, {"through": True})
 tables: dict[str, dict[str, list[list[float]]]] = {kind: {} for kind in KINDS}
 shown = {}
 with tqdm(total=len(KINDS) * options.seeds * len(WAYS)) as bar:
@@ -210,7 +212,7 @@ with tqdm(total=len(KINDS) * options.seeds * len(WAYS)) as bar:
 for kind in KINDS:
     print(f"\n{kind}: mean ± standard deviation of {options.seeds} seeds, each on 100 profiles of unseen problems")
     print(
-        f"{'':24}{'lg mass error':>14}{'squared error / 1000':>24}{'log-likelihood':>18}"
+        f"{'':24}{'lg mass error':>14}{'1000 × squared error':>24}{'log-likelihood':>18}"
         + (f"{'front off by':>18}" if kind == "Stefan" else "")
     )
     for label, rows in tables[kind].items():
@@ -219,7 +221,19 @@ for kind in KINDS:
         print(line + (f"{miss.mean():12.4f} ± {miss.std():.4f}" if kind == "Stefan" else ""))
 
 # %%
-# TODO text
+# What the mass tells
+# -------------------
+# A penalty leaves the mass off by as much as before, for it says nothing about the problem at hand. Any projection removes that error down
+# to rounding. Where it goes matters. The Euclidean projection lifts or lowers everything, also the dry part, which the
+# network knew to be dry: it gains less, and the likelihood falls, since variances of nearly zero no longer fit what was moved.
+# ProbConserv moves what was unsure.
+#
+# In the porous medium one number settles most of what 30 values had left open, and the squared error falls by more than ten times. In
+# Stefan's problem it falls by a sixth, and the front is off by a quarter less: the rest is the round shape that the network gives to
+# a jump, which has the right mass already. (On this mesh the trapezoidal rule itself is off by about 0.002 where u jumps; the law is the
+# exact mass.) The stage for smoothness makes the variances fit better in both problems. Monotone profiles change little here.
+# Training through the projection spends the network's effort on what the mass leaves open. For Stefan's problem it is the best of
+# the seven on average, within the spread of the seeds; for the porous medium the likelihood gains and the squared error does not.
 
 figure, axes = plt.subplots(2, 3, figsize=(13, 6.5), layout="constrained")
 COLORS = {"network": "tab:gray", "ProbConserv": "tab:red"}
@@ -239,7 +253,7 @@ for row, kind in zip(axes, KINDS, strict=True):
     errors = {label: torch.tensor(rows)[:, 1] for label, rows in tables[kind].items()}
     row[2].barh(list(errors), [e.mean() for e in errors.values()], xerr=[e.std() for e in errors.values()], color="tab:blue")
     row[2].invert_yaxis()
-    row[2].set(title=f"{kind}: squared error / 1000")
+    row[2].set(title=f"{kind}: 1000 × squared error")
 
 here = Path(__file__).parent if "__file__" in globals() else Path.cwd()
 (here / "figures").mkdir(exist_ok=True)

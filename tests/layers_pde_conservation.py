@@ -81,7 +81,7 @@ def _redundant() -> Layer:
         point, posterior = _conditioned(mean, variance.diag(), value.reshape(1), weights[None], torch.zeros_like(value).reshape(1))
         return torch.cat([point, posterior.diagonal()])
 
-    return Layer("conservation_projection, redundant", call, sample, reference=reference)
+    return Layer("conservation_projection, redundant", call, sample, reference=reference, heavy=True)
 
 
 def _full() -> Layer:
@@ -104,7 +104,7 @@ def _full() -> Layer:
         return torch.cat([point, posterior.flatten()])
 
     failure = Failure("indefinite", lambda mean, C, *rest: (mean, -C, *rest), NotConvergedError, (Status.NUMERICAL_ERROR,))
-    return Layer("conservation_projection, full", call, sample, reference=reference, failures=(failure,))
+    return Layer("conservation_projection, full", call, sample, reference=reference, failures=(failure,), heavy=True)
 
 
 class _Mean(torch.nn.Module):

@@ -107,7 +107,24 @@ LINES = {
         "fixed point {} ± {} {} ± {} {} {}",
     ],
     "constraint_tolerance": ["finite differences agree to {}", "1e-02 {} {}", "1e-08 {} {}"],
+    "conservation": [
+        "ProbConserv {} {} ± {} {} ± {} {} ± {}",
+        "trained through it {} {} ± {} {} ± {}",
+        "penalty {} {} ± {} {} ± {}",
+    ],
+    "distributed_experts": [
+        "gradient of the network, 2 processes against one: relative difference",
+        "one process {} {} {}",
+        "process 1 {} {} {}",
+        "error on initial conditions never seen: {} before training, {} after 2 steps",
+    ],
     "jacobian_descent": ["average {} {} {} × {} × {} {} {} %", "UPGrad {} {} {} × {} × {} {} {} %"],
+    "navier_stokes_experts": [
+        "untrained 0.0 {} {} {} {} {}",
+        "soft penalty {} {} {} {} {} {}",
+        "soft penalty, 3 × steps {} {} {} {} {} {}",
+        "4 experts {} {} {} {} {} {}",
+    ],
 }
 SEEDED = (
     "continual_learning",

@@ -1,11 +1,10 @@
 r"""Finite differences of any order and accuracy, on uniform and on arbitrary meshes, up to the edges.
 
-The derivative of order m at the point x is that of the polynomial through the s = m + p points :math:`x + d_j` around it,
+The derivative of order m at the point x is that of the polynomial through the m + p points :math:`x + d_j` around it,
 
-.. math:: u^{(m)}(x) = \sum_j w_j\, u(x + d_j) + O(h^p), \qquad
-   w_j = m!\,[t^m] \prod_{i \ne j} \frac{t - d_i}{d_j - d_i},
+.. math:: u^{(m)}(x) = \sum_j w_j\, u(x + d_j) + O(h^p),
 
-where :math:`[t^m]` takes a coefficient. The points lie around x, as centrally as they can (on a uniform mesh, for
+with the weights of :mod:`difflayers.pde.stencils`. The points lie around x, as centrally as they can (on a uniform mesh, for
 even m, one of the weights is then zero); at an edge m + p points pushed inwards close the formula with the same accuracy. The weights of
 a uniform mesh are computed in exact rational arithmetic, once. Those of any other mesh are ordinary tensors, one row for each point, and
 may be differentiated in the coordinates. The formula is applied by slices: nothing of the size n × n is ever made.
@@ -17,8 +16,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from fractions import Fraction
-from functools import lru_cache
 from typing import Literal
 
 import torch
@@ -27,8 +24,9 @@ from torch import Tensor
 from ..errors import ShapeError
 from ..implicit.function import in_a_transform
 from .mesh_arguments import check_values
+from .stencils import finite_difference_weights, rounded_weights
 
-__all__ = ["Boundary", "Side", "edge_derivative", "finite_difference", "finite_difference_weights"]
+__all__ = ["Boundary", "Side", "edge_derivative", "finite_difference"]
 
 Boundary = Literal["one_sided", "periodic"]
 Side = Literal["lower", "upper"]
@@ -79,10 +77,10 @@ def finite_difference(
         else:
             _check_points(n, points, dim, u)
         scale = 1.0 if isinstance(spacing, Tensor) else float(spacing) ** -order
-        inside = _apply_central([weight * scale for weight in _weights(range(-reach, reach + 1), order)], u, dim)
+        inside = _apply_central([weight * scale for weight in rounded_weights(range(-reach, reach + 1), order)], u, dim)
         if boundary == "one_sided":
             lower, upper = (
-                torch.tensor([_weights(range(-i, points - i), order) for i in rows], dtype=u.dtype, device=u.device) * scale
+                torch.tensor([rounded_weights(range(-i, points - i), order) for i in rows], dtype=u.dtype, device=u.device) * scale
                 for rows in (range(reach), range(points - reach, points))
             )
             inside = _close(lower, inside, upper, u, dim)
@@ -137,71 +135,8 @@ def edge_derivative(u: Tensor, spacing: Tensor | float, *, dim: int, side: Side 
         weights = torch.where(broken, torch.nan, weights).to(u.dtype)
     else:
         offsets = range(points) if side == "lower" else range(1 - points, 1)
-        weights = torch.tensor(_weights(offsets, order), dtype=u.dtype, device=u.device) / spacing**order
+        weights = torch.tensor(rounded_weights(offsets, order), dtype=u.dtype, device=u.device) / spacing**order
     return torch.tensordot(weights, u.narrow(dim, start, points), ([0], [dim]))
-
-
-def finite_difference_weights(offsets: Tensor | Sequence[float], order: int) -> Tensor:
-    """The weights of values at x + offsets in the derivative at x: exact on polynomials of lower degree than there are offsets.
-
-    Args:
-        offsets: numbers, for weights correct to the last digit; or a floating tensor ``(*batch, s)``, for weights that can be
-            differentiated. All of them different.
-        order: of the derivative, from 0 (interpolation) to s − 1.
-
-    Returns:
-        ``(*batch, s)``; float64 if the offsets are numbers.
-
-    Raises:
-        ShapeError: too few offsets, or not floating.
-        ValueError: two offsets (given as numbers) are the same.
-
-    Example:
-        >>> from difflayers.pde import finite_difference_weights
-        >>> finite_difference_weights([0, 1, 2], 1)
-        tensor([-1.5000,  2.0000, -0.5000], dtype=torch.float64)
-    """
-    if isinstance(offsets, Tensor) and not offsets.is_floating_point():
-        raise ShapeError(f"offsets must be numbers or a floating tensor, got {offsets.dtype}")
-    count = offsets.shape[-1] if isinstance(offsets, Tensor) else len(offsets)
-    if not 0 <= order < count:
-        raise ShapeError(f"the derivative of order {order} takes at least {order + 1} offsets, got {count}")
-    if not isinstance(offsets, Tensor):
-        return torch.tensor(_weights(tuple(offsets), order), dtype=torch.float64)
-    # For each j the coefficients of the product over i ≠ j, one factor after the other; those beyond t^m are not needed.
-    own = torch.eye(count, dtype=torch.bool, device=offsets.device)
-    distance = torch.where(own, 1, offsets.unsqueeze(-1) - offsets.unsqueeze(-2)).prod(-1)
-    slopes, roots = (~own).to(offsets.dtype), torch.where(own, -1, offsets.unsqueeze(-2))
-    product = torch.nn.functional.pad(torch.ones_like(offsets).unsqueeze(-1), (0, order))
-    for slope, root in zip(slopes.unbind(-1), roots.unbind(-1), strict=True):
-        product = slope.unsqueeze(-1) * torch.nn.functional.pad(product[..., :-1], (1, 0)) - root.unsqueeze(-1) * product
-    return math.factorial(order) * product[..., order] / distance
-
-
-def _weights(offsets: Sequence[float], order: int) -> tuple[float, ...]:
-    """The weights of :func:`finite_difference_weights` in rational arithmetic, rounded once."""
-    return _rational_weights(offsets, order)
-
-
-# To torch.compile a constant. This is all that torch.compiler.assume_constant_result does, but for importing the compiler.
-vars(_weights)["_dynamo_marked_constant"] = True
-
-
-@lru_cache(maxsize=1024)
-def _rational_weights(offsets: Sequence[float], order: int) -> tuple[float, ...]:
-    d = [Fraction(offset) for offset in offsets]
-    if len(set(d)) < len(d):
-        raise ValueError(f"the offsets must differ from each other, got {list(offsets)}")
-    weights = []
-    for j, own in enumerate(d):
-        coefficients = [Fraction(1)]
-        for other in d[:j] + d[j + 1 :]:
-            coefficients = [
-                (before - other * here) / (own - other)
-                for before, here in zip([Fraction(0), *coefficients], [*coefficients, Fraction(0)], strict=True)
-            ]
-        weights.append(float(math.factorial(order) * coefficients[order]))
-    return tuple(weights)
 
 
 def _mesh_weights(x: Tensor, points: int, order: int) -> Tensor:

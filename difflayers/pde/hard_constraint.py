@@ -17,7 +17,7 @@ arXiv:2402.13412.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -207,9 +207,8 @@ class HardConstraint(nn.Module):
             if isinstance(row, BoundaryRows):
                 linear.append(row(basis, self.grid_ndim, *args))
                 continue
-            assert isinstance(row, InteriorRows)
-            function = row.features or self.features
-            assert function is not None
+            # One of the two is there: that has been checked.
+            function = cast("Callable[..., dict[str, Tensor]]", cast("InteriorRows", row).features or self.features)
             if function not in made:
                 made[function] = function(basis, *args)
             points.append(row(made[function], grid, *args))
@@ -240,9 +239,7 @@ class HardConstraint(nn.Module):
         return x0.expand(*batch, basis.shape[-1])
 
     def _residual_of_weights(self, w: Tensor, basis: Tensor, args: Sequence[Any]) -> Tensor:
-        assert self.residual_fn is not None
-        u = combine(basis, w, self.grid_ndim)
-        residual = self.residual_fn(u, *args)
+        residual = cast("Callable[..., Tensor]", self.residual_fn)(combine(basis, w, self.grid_ndim), *args)
         lead = w.dim() - 1
         if not isinstance(residual, Tensor) or residual.dim() < lead or residual.shape[:lead] != w.shape[:-1]:
             came = tuple(residual.shape) if isinstance(residual, Tensor) else type(residual).__name__
@@ -268,7 +265,13 @@ class HardConstraint(nn.Module):
 
 
 def combine(basis: Tensor, weights: Tensor, grid_ndim: int) -> Tensor:
-    """basis · w: ``(*batch, *grid, N)``, ``(*batch, N)`` → ``(*batch, *grid)``; NaN weights, of failed problems, count as 0."""
+    """The combination of basis functions, ``(*batch, *grid)``; NaN weights, of failed problems, count as 0.
+
+    Args:
+        basis: ``(*batch, *grid, N)``.
+        weights: ``(*batch, N)``.
+        grid_ndim: dimensions of the grid.
+    """
     lead, weights = weights.shape[:-1], torch.where(torch.isnan(weights), 0, weights)
     flat = basis.flatten(-1 - grid_ndim, -2).to(weights.dtype)
     u = (flat @ weights.unsqueeze(-1)).squeeze(-1)
@@ -276,7 +279,12 @@ def combine(basis: Tensor, weights: Tensor, grid_ndim: int) -> Tensor:
 
 
 def is_at_points(leaf: Any, count: int) -> bool:
-    """Whether an argument of pointwise rows holds a number for each of ``count`` points."""
+    """Whether an argument of pointwise rows holds a number for each point.
+
+    Args:
+        leaf: anything.
+        count: how many points there are.
+    """
     return isinstance(leaf, Tensor) and leaf.dim() > 0 and leaf.shape[-1] == count
 
 

@@ -64,6 +64,8 @@ class MixtureOfConstraints(nn.Module):
         ['0.0359', '0.0018']
     """
 
+    labels: Tensor | None
+
     def __init__(
         self,
         constraint: HardConstraint,
@@ -82,7 +84,7 @@ class MixtureOfConstraints(nn.Module):
         self.group = process_group(group)
         self.register_buffer("labels", partition if isinstance(partition, Tensor) else None)
         self.router = partition if callable(partition) and not isinstance(partition, Tensor) else None
-        self.partition = None if isinstance(partition, Tensor) or callable(partition) else tuple(partition)
+        self.partition = () if isinstance(partition, Tensor) or callable(partition) else tuple(partition)
         self.options = dataclasses.replace(constraint.options, what="MixtureOfConstraints")
         self._known: tuple[Any, _Geometry] | None = None
 
@@ -177,8 +179,10 @@ class MixtureOfConstraints(nn.Module):
         given = self.labels
         key = (grid, rows.basis.device, rows.basis.dtype, None if given is None else (id(given), given._version))
         if self._known is None or self._known[0] != key:
-            labels = block_labels(grid, self.partition) if given is None else given
-            self._known = key, self._by_labels(labels, rows.basis, grid)
+            # Kept for calls to come, which may want a gradient though this one does not.
+            with torch.inference_mode(False):
+                labels = block_labels(grid, self.partition) if given is None else given
+                self._known = key, self._by_labels(labels, rows.basis, grid)
         return self._known[1]
 
     def _by_labels(self, labels: Any, like: Tensor, grid: tuple[int, ...]) -> _Geometry:
@@ -188,7 +192,7 @@ class MixtureOfConstraints(nn.Module):
         labels = labels.to(like.device)
         borders = find_borders(labels, len(grid)) if self.interface_weight else None
         cut = hard_cut(labels, len(grid), overlap=self.overlap)
-        return _Geometry(cut._replace(weight=cut.weight.to(like), phi=cut.phi.to(like)), borders, grid, {})
+        return _Geometry(cut._replace(weight=cut.weight.to(like.dtype), phi=cut.phi.to(like.dtype)), borders, grid, {})
 
     def _domains(
         self, geometry: _Geometry, block: PointRows, row: InteriorRows, batch: torch.Size, slots: Slots, generator: torch.Generator | None
@@ -197,8 +201,9 @@ class MixtureOfConstraints(nn.Module):
         key = repr(row.region)
         if key not in geometry.domains:
             numbers = torch.arange(math.prod(geometry.grid), device=geometry.cut.phi.device).reshape(geometry.grid)
-            region = None if row.region is None else numbers[tuple(row.region)].flatten()
-            geometry.domains[key] = geometry.cut.domains(region)
+            with torch.inference_mode(torch.is_inference_mode_enabled() and geometry.cut.soft):
+                region = None if row.region is None else numbers[tuple(row.region)].flatten()
+                geometry.domains[key] = geometry.cut.domains(region)
         domains, points = geometry.domains[key], self.constraint.points
         if points is None or points >= next(iter(block.features.values())).shape[-2]:
             return domains

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree
 
 from ..errors import ShapeError
+from ..holding import hold
 from .finite_difference import Side, edge_derivative
 from .structured import LinearRows, PointRows
 
@@ -162,7 +163,7 @@ class InteriorRows(nn.Module):
     ) -> None:
         super().__init__()
         self.residual_fn, self.features, self.region = residual_fn, features, region
-        _hold(self, "weight", weight)
+        hold(self, "weight", weight)
 
     def forward(self, features: dict[str, Tensor], grid: tuple[int, ...], *args: Any) -> PointRows:
         """The rows at all points of the region.
@@ -222,7 +223,7 @@ class BoundaryRows(nn.Module):
             raise ValueError(f"side={side!r} is not known; choose 'lower' or 'upper'")
         self.kind, self.operator, self.dim, self.relative, self.side = kind, operator, dim, relative, side
         for name, tensor_or_number in ({"value": value, "weight": weight} | data).items():
-            _hold(self, name, tensor_or_number)
+            hold(self, name, tensor_or_number)
 
     def forward(self, basis: Tensor, grid_ndim: int, *args: Any) -> LinearRows:
         """The rows for each basis function.
@@ -261,7 +262,13 @@ class BoundaryRows(nn.Module):
 
 
 def on_points(arg: Any, grid: tuple[int, ...], region: Region | None = None) -> Any:
-    """A tensor whose last dimensions broadcast against the grid, at the points of a region, ``(*lead, P)``; anything else as it is."""
+    """A tensor whose last dimensions broadcast against the grid, at the points of a region, ``(*lead, P)``; anything else as it is.
+
+    Args:
+        arg: anything.
+        grid: the shape of the grid.
+        region: slices of its dimensions; None is all of it.
+    """
     if (
         not isinstance(arg, Tensor)
         or arg.dim() < len(grid)
@@ -305,14 +312,6 @@ def _sums(rows: BoundaryRows, basis: Tensor, first: int) -> Tensor:
         raise ShapeError(f"the weights of an integral must have the shape of the dimensions {rows.dims}, got {tuple(rows.weights.shape)}")
     moved = basis.movedim(at, tuple(range(-1 - len(at), -1)))
     return (moved * rows.weights.to(basis).unsqueeze(-1)).flatten(-1 - len(at), -2).sum(-2)
-
-
-def _hold(module: nn.Module, name: str, value: Any) -> None:
-    """A tensor as a buffer, a parameter as a parameter, anything else as an attribute."""
-    if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
-        module.register_buffer(name, value)
-    else:
-        setattr(module, name, value)
 
 
 def _shown(weight: Any) -> Any:

@@ -31,6 +31,11 @@ from .sharding import Slots
 
 __all__ = ["Coupled", "Free", "LinearRows", "PointRows", "Structured"]
 
+_MIXES = (
+    "with features= the residual must be pointwise, each row a function of the products at its own point: this one mixes points "
+    "(a derivative, a mean, a sum over them?). Move what is linear in the solution into features=, or leave them out"
+)
+
 Split = Callable[[Sequence[Any]], Any]
 
 
@@ -80,8 +85,8 @@ class Structured(RowSystem):
     def rows(self, w: Tensor, *theta: Any) -> Tensor:
         """ρ of every block, times its weight, then Lw − g."""
         points, linear = self.split(theta)
-        rho = [self._rho(points, theta)(_products(points, w))] if points else []
-        return torch.cat([*rho, *(_spread(rows.at(w), w) for rows in linear)], -1)
+        rho = self._rho(points, theta)(_products(points, w))
+        return torch.cat([rho, *(_spread(rows.at(w), w) for rows in linear)], -1)
 
     def gradient(self, w: Tensor, *theta: Any) -> Tensor:
         """Σ T_kᵀ (ρ ρ_k) + Lᵀ(Lw − g)."""
@@ -122,14 +127,12 @@ class Structured(RowSystem):
             for name in block.features:
                 off = (others[name] - along * ones[name]).abs()
                 if bool((off > 1e3 * torch.finfo(w.dtype).eps ** 0.75 * ones[name].abs().amax(-1, keepdim=True)).any()):
-                    raise DiffLayersError(
-                        "with features= the residual must be pointwise, each row a function of the products at its own point: this one "
-                        "mixes points (a derivative, a mean, a sum over them?). Move what is linear in the solution into features=, or "
-                        "leave them out"
-                    )
+                    raise DiffLayersError(_MIXES)
 
     def _rho(self, points: Sequence[PointRows], theta: Sequence[Any]) -> Callable[[Tensor], Tensor]:
         def weighted(products: Tensor) -> Tensor:
+            if not points:
+                return products
             rows = self.functions(theta, _pieces(points, products), [block.args for block in points])
             rows = [rho if block.weight is None else rho * block.weight for rho, block in zip(rows, points, strict=True)]
             return _cat([rho.to(products.dtype) for rho in rows])
@@ -216,7 +219,7 @@ def _cat(rows: list[Tensor]) -> Tensor:
 
 def _products(points: Sequence[PointRows], w: Tensor) -> Tensor:
     """All products of all blocks, one behind the other, ``(*batch, ΣK·P)``."""
-    return _cat([_spread(_times(T, w), w) for block in points for T in block.features.values()])
+    return _cat([_spread(_times(T, w), w) for block in points for T in block.features.values()]) if points else w[..., :0]
 
 
 def _pieces(points: Sequence[PointRows], products: Tensor) -> list[dict[str, Tensor]]:
@@ -253,10 +256,9 @@ def _normal_equations(
 ) -> tuple[Tensor, Tensor]:
     """JᵀJ and Jᵀr, with J = Σ diag(ρ_k) T_k formed once."""
     gram, gradient = torch.zeros_like(w[..., None] * w[..., None, :]), torch.zeros_like(w)
-    if points:
-        for block, pieces, r in zip(points, _pieces(points, slopes), _split(points, rho), strict=True):
-            jacobian = _weighted(list(pieces.values()), list(block.features.values()), w.dtype)
-            gram, gradient = gram + jacobian.mT @ jacobian, gradient + _back(jacobian, r)
+    for block, pieces, r in zip(points, _pieces(points, slopes), _split(points, rho), strict=True):
+        jacobian = _weighted(list(pieces.values()), list(block.features.values()), w.dtype)
+        gram, gradient = gram + jacobian.mT @ jacobian, gradient + _back(jacobian, r)
     for rows in linear:
         matrix = rows.matrix.to(w.dtype)
         gram, gradient = gram + matrix.mT @ matrix, gradient + _back(matrix, _spread(rows.at(w), w))
@@ -293,7 +295,15 @@ def _may_matter(values: Tensor) -> bool:
 
 
 def one_each(rho: Any, products: dict[str, Tensor]) -> Tensor:
-    """Refuse rows that are not one number for each point."""
+    """Refuse rows that are not one number for each point.
+
+    Args:
+        rho: what a user's function returned.
+        products: ``(*batch, P)`` each, what it was given.
+
+    Raises:
+        ShapeError: it is no tensor that broadcasts to ``(*batch, P)``, or has one number for all points.
+    """
     points = next(iter(products.values())).shape
     if not isinstance(rho, Tensor) or rho.shape[-1:] != points[-1:] or rho.dim() > len(points):
         came = tuple(rho.shape) if isinstance(rho, Tensor) else type(rho).__name__

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ShapeError
-from .linear_operators import Operator, hold, spread
+from ..holding import hold
+from .linear_operators import Operator, spread
 
 __all__ = ["Blur"]
 

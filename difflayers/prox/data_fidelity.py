@@ -13,7 +13,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .linear_operators import Operator, hold, number_or_shape, prox_by_products, spread
+from ..holding import hold
+from .linear_operators import Operator, number_or_shape, prox_by_products, spread
 
 __all__ = ["L2"]
 
@@ -41,10 +42,7 @@ class L2(nn.Module):
     def __init__(self, operator: Any = None, weight: Tensor | float = 1.0, *, batch_ndim: int = 1) -> None:
         super().__init__()
         self.operator, self.batch_ndim = operator, batch_ndim
-        if isinstance(weight, Tensor):
-            hold(self, "weight", weight)
-        else:
-            self.weight = weight
+        hold(self, "weight", weight)
 
     def forward(self, x: Tensor, y: Tensor, physics: Any = None) -> Tensor:
         """The misfit of each problem, ``(*batch,)``."""

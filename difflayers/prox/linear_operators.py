@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from ..errors import ShapeError
+from ..holding import hold
 from ..implicit import linear_solve
 from ..implicit.function import in_a_transform
 
@@ -34,7 +35,6 @@ __all__ = [
     "MatrixOperator",
     "Operator",
     "adjoint_error",
-    "hold",
     "number_or_shape",
     "prox_by_products",
     "spread",
@@ -320,14 +320,6 @@ def number_or_shape(value: Tensor | float) -> str:
     if isinstance(value, Tensor):
         return f"{value.detach().item():.4g}" if value.dim() == 0 else str(tuple(value.shape))
     return f"{value:.4g}"
-
-
-def hold(module: nn.Module, name: str, value: Tensor) -> None:
-    """Make ``value`` a parameter of ``module`` if it is one, else a buffer."""
-    if isinstance(value, nn.Parameter):
-        module.register_parameter(name, value)
-    else:
-        module.register_buffer(name, value)
 
 
 def _is_differentiated(tensor: Tensor) -> bool:

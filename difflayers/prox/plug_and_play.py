@@ -24,13 +24,14 @@ from torch import Tensor, nn
 from torch.utils import _pytree
 
 from ..errors import ShapeError, SolveError
+from ..holding import hold
 from ..implicit import implicit_fixed_point
 from ..implicit.eager import eager
 from ..implicit.fixed_point import Backward
 from ..implicit.root import LinearSolver
 from ..solution import OnFailure, Solution
 from .algorithms import ALGORITHMS, UNROLLED_FISTA, Terms
-from .linear_operators import hold, number_or_shape, spread
+from .linear_operators import number_or_shape, spread
 from .momentum import fista
 
 __all__ = ["PlugAndPlay"]
@@ -128,10 +129,7 @@ class PlugAndPlay(nn.Module):
         self.tol, self.max_iter, self.on_failure, self.batch_ndim = tol, max_iter, on_failure, batch_ndim
         self.neumann_terms, self.phantom_steps = neumann_terms, phantom_steps
         for name, value in (("stepsize", stepsize), ("sigma", sigma)):
-            if isinstance(value, Tensor):
-                hold(self, name, value)
-            else:
-                setattr(self, name, value)
+            hold(self, name, value)
 
     def forward(self, y: Tensor, x0: Tensor | None = None, *, physics: Any = None) -> Tensor:
         """The reconstruction.

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ShapeError
+from ..holding import hold
 from ..implicit.closure import visible_to_modes
 from ..implicit.eager import eager
 from ..implicit.function import ImplicitFunction
@@ -197,10 +198,7 @@ class SinkhornLayer(nn.Module):
         self.column_penalty: Penalty
         pair = marginal_penalty if isinstance(marginal_penalty, tuple) else (marginal_penalty, marginal_penalty)
         for name, value in zip(("epsilon", "row_penalty", "column_penalty"), (epsilon, *pair), strict=True):
-            if isinstance(value, nn.Parameter) or not isinstance(value, Tensor):
-                setattr(self, name, value)
-            else:
-                self.register_buffer(name, value)
+            hold(self, name, value)
         self.method: Method = method
         self.backward_mode: Literal["implicit", "unroll"] = backward
         self.tol, self.max_iter = tol, max_iter

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..holding import hold
 from ..implicit.broadcasting import BroadcastingProblem
 from ..implicit.closure import visible_to_modes
 from ..implicit.eager import eager
@@ -168,10 +169,7 @@ class SparseTransportLayer(nn.Module):
     ) -> None:
         super().__init__()
         self.gamma: float | Tensor
-        if isinstance(gamma, nn.Parameter) or not isinstance(gamma, Tensor):
-            self.gamma = gamma
-        else:
-            self.register_buffer("gamma", gamma)
+        hold(self, "gamma", gamma)
         self.k, self.tol, self.max_iter = k, tol, max_iter
         self.on_failure: OnFailure = on_failure
 

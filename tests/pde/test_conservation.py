@@ -13,6 +13,7 @@ from torch import Tensor
 
 from difflayers.errors import ConvergenceWarning, InfeasibleError, NotConvergedError, ShapeError
 from difflayers.pde import ConservationProjection, conservation_projection, trapezoid_weights
+from difflayers.pde.problems import Stefan
 from difflayers.solution import Status
 
 LAWS = st.tuples(st.integers(1, 6), st.integers(1, 3), st.integers(0, 10**6))
@@ -147,6 +148,36 @@ def test_the_heat_equation_keeps_its_mass() -> None:
     assert better >= 15
 
 
+@pytest.mark.slow
+def test_a_network_on_stefans_problem_errs_less() -> None:
+    # It knows place and time, not the threshold: so it is unsure near the front, and the mass tells where that is.
+    coordinates = torch.cartesian_prod(torch.linspace(0, 1, 41), torch.linspace(0, 1, 41)).unflatten(0, (41, 41))
+    weights = trapezoid_weights(coordinates[0, :, 1].double())
+
+    def problem(threshold: float) -> Stefan:
+        return Stefan(points=41, times=41, threshold=threshold)
+
+    learned = torch.stack([problem(0.55 + 0.01 * k).exact() for k in range(16)])
+    for seed in range(3):
+        torch.manual_seed(seed)
+        network = torch.nn.Sequential(
+            torch.nn.Linear(2, 64), torch.nn.Tanh(), torch.nn.Linear(64, 64), torch.nn.Tanh(), torch.nn.Linear(64, 2)
+        )
+        optimizer = torch.optim.Adam(network.parameters(), lr=3e-3)
+        for _ in range(500):
+            mean, spread = network(coordinates).double().unbind(-1)
+            variance = torch.nn.functional.softplus(spread).square() + 1e-4
+            loss = ((learned - mean).square() / variance + variance.log())[:, 4:].mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        for threshold in (0.555, 0.605, 0.695):
+            truth = problem(threshold).exact()[4:]
+            found = conservation_projection(mean.detach()[4:], variance.detach()[4:], problem(threshold).mass()[4:], weights)
+            assert found.residual.max() < 1e-12
+            assert (found.mean - truth).square().mean() < (mean[4:] - truth).square().mean()
+
+
 def test_one_row_per_time_is_a_batch_of_times() -> None:
     x, t, u = heat(9)
     weights = trapezoid_weights(x)
@@ -193,6 +224,21 @@ def test_nearly_redundant_rows_are_met_or_refused() -> None:
         else:
             assert found.mean.isnan().all()
         assert found.status == Status.SOLVED or angle < 1e-5
+
+
+def test_badly_scaled_laws_are_met_to_rounding() -> None:
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    for _ in range(60):
+        rows, n = 5, 12
+        G, variance, mean = normal(rows, n) * 10 ** (3 * normal(rows, 1)), 10 ** (2 * normal(n)), normal(n) * 10 ** (2 * normal(n))
+        value = G @ normal(n)
+        found = conservation_projection(mean, variance, value, G)
+        size = G.abs() @ found.mean.abs() + value.abs()
+        assert ((G @ found.mean - value).abs() / size).max() < 1e-13
 
 
 def test_a_law_about_what_is_certain() -> None:

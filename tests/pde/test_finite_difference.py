@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from fractions import Fraction
 
 import pytest
 import torch
@@ -14,7 +13,7 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.func import jacrev, jvp, vmap
 
 from difflayers.errors import ShapeError
-from difflayers.pde import edge_derivative, finite_difference, finite_difference_weights
+from difflayers.pde import edge_derivative, finite_difference
 
 
 def _sine(x: Tensor, order: int) -> Tensor:
@@ -94,25 +93,6 @@ def test_against_torch_gradient(dim: int) -> None:
     x = torch.linspace(1, 2, u.shape[dim], dtype=torch.float64) ** 3
     (exact,) = torch.gradient(u, spacing=(x,), dim=dim, edge_order=2)
     torch.testing.assert_close(finite_difference(u, x, dim=dim), exact)
-
-
-def test_known_weights() -> None:
-    def weights(offsets: list[float], order: int) -> list[Fraction]:
-        return [Fraction(w).limit_denominator(1000) for w in finite_difference_weights(offsets, order).tolist()]
-
-    # Fornberg (1988), tables 1 and 3.
-    assert weights([-2, -1, 0, 1, 2], 1) == [Fraction(1, 12), Fraction(-2, 3), 0, Fraction(2, 3), Fraction(-1, 12)]
-    assert weights([-2, -1, 0, 1, 2], 4) == [1, -4, 6, -4, 1]
-    assert weights([0, 1, 2, 3], 2) == [2, -5, 4, -1]
-    assert weights([-0.5, 0.5], 0) == [Fraction(1, 2), Fraction(1, 2)]
-
-
-@given(st.lists(st.integers(-6, 6), min_size=2, max_size=7, unique=True), st.integers(0, 3))
-def test_weights_of_tensors_are_those_of_numbers(offsets: list[int], order: int) -> None:
-    order = min(order, len(offsets) - 1)
-    exact = finite_difference_weights(offsets, order)
-    found = finite_difference_weights(torch.tensor([offsets, offsets], dtype=torch.float64), order)
-    torch.testing.assert_close(found, torch.stack([exact, exact]), rtol=1e-11, atol=1e-11)
 
 
 @pytest.mark.parametrize("order", [1, 2, 3])
@@ -218,7 +198,6 @@ def test_everything_happens_on_the_device_of_u() -> None:
     u, x = torch.ones(3, 8, device="meta"), torch.arange(8.0, device="meta")
     assert finite_difference(u, 0.5, order=2).device.type == "meta"
     assert edge_derivative(u, torch.tensor(0.5), dim=1).device.type == "meta"
-    assert finite_difference_weights(x, 2).device.type == "meta"
     assert vmap(lambda u: finite_difference(u, x))(u).device.type == "meta"  # no look at the values in a transform
 
 
@@ -258,9 +237,3 @@ def test_refusals() -> None:
         edge_derivative(u, 1.0, dim=1, side="left")  # ty: ignore
     with pytest.raises(ShapeError, match="coordinates are on"):
         finite_difference(u, torch.arange(8.0, device="meta"))
-    with pytest.raises(ShapeError, match="takes at least 3 offsets, got 2"):
-        finite_difference_weights([0, 1], 2)
-    with pytest.raises(ShapeError, match=r"torch\.int64"):
-        finite_difference_weights(torch.arange(3), 1)
-    with pytest.raises(ValueError, match="must differ"):
-        finite_difference_weights([0, 1, 1], 1)

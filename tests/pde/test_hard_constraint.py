@@ -9,7 +9,7 @@ from torch.func import functional_call, vmap
 
 from difflayers import Status
 from difflayers.errors import NotConvergedError, ShapeError
-from difflayers.pde import HardConstraint, dirichlet, finite_difference, initial, pde
+from difflayers.pde import HardConstraint, dirichlet, finite_difference, initial, integral, neumann, pde
 
 from .test_structured import D, randn
 
@@ -99,6 +99,17 @@ def test_with_and_without_features() -> None:
     torch.testing.assert_close(fast.residual_norm, general.residual_norm)
     only_rows = HardConstraint(None, rows=[*ROWS, pde(burgers_like, heat_features)], grid_ndim=2)
     torch.testing.assert_close(only_rows(basis, u0), fast.u)
+
+
+def test_linear_rows_alone_are_interpolation() -> None:
+    sites = torch.tensor([0, 10, 20, 30])
+    basis = torch.stack([x**k for k in range(4)], -1).requires_grad_()
+    rows = [dirichlet(1.0, dim=0), dirichlet(2.0, dim=0, side="upper"), integral(0.5, torch.full((31,), 1 / 30, dtype=D), dims=0)]
+    found = HardConstraint(None, rows=[*rows, neumann(0.0, x[1], dim=0)]).solve(basis)
+    assert found.status == Status.SOLVED
+    assert float(found.residual_norm) < 1e-10
+    torch.testing.assert_close(found.u[sites[[0, 3]]], torch.tensor([1.0, 2.0], dtype=D))
+    assert torch.autograd.grad(found.u[15], basis)[0].isfinite().all()
 
 
 def test_sampled_points() -> None:

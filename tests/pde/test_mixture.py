@@ -282,6 +282,15 @@ def test_float32_comes_back_and_other_meshes_are_cut_anew() -> None:
     assert mixture(*data).shape == (2, *GRID)
 
 
+def test_the_cut_of_a_call_without_gradients_serves_one_with() -> None:
+    data = inputs(2)
+    mixture = MixtureOfConstraints(constraint(), (2, 2), interface_weight=1.0)
+    with torch.inference_mode():
+        mixture(*data)
+    torch.func.vmap(mixture)(*data)
+    close(gradients(mixture, *data), gradients(MixtureOfConstraints(constraint(), (2, 2), interface_weight=1.0), *data))
+
+
 def test_new_labels_are_seen() -> None:
     data = inputs(2)
     mixture = MixtureOfConstraints(constraint(), disk())

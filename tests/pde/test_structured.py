@@ -7,6 +7,7 @@ from torch.func import grad, hessian, jacfwd, vmap
 
 from difflayers.errors import DiffLayersError, ShapeError
 from difflayers.pde.least_squares import FitOptions
+from difflayers.pde.sharding import Slots
 from difflayers.pde.solve_rows import FreeRows, solve_rows
 from difflayers.pde.structured import Coupled, Free, LinearRows, PointRows, Structured
 
@@ -82,7 +83,7 @@ def test_free_rows_are_differentiated() -> None:
 
 def test_coupled_problems_are_one() -> None:
     between = LinearRows(randn(2, 12, seed=7), randn(2, seed=8))
-    one = Coupled(system(), 3, lambda theta: between)
+    one = Coupled(system(), Slots(3), lambda theta: between)
     w = randn(3, 4, seed=9).flatten()
 
     def total(w: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ...holding import hold
 from .affine import projection_affine_set, projection_polyhedron
 from .balls import (
     projection_box,
@@ -102,10 +103,8 @@ class Projection(nn.Module):
         self.names = tuple(parameters)
         self.options = {}
         for name, value in parameters.items():
-            if isinstance(value, nn.Parameter):
-                self.register_parameter(name, value)
-            elif isinstance(value, Tensor):
-                self.register_buffer(name, value)
+            if isinstance(value, Tensor):
+                hold(self, name, value)
             else:
                 self.options[name] = value
 

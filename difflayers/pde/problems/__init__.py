@@ -3,6 +3,7 @@
 from .burgers import Burgers
 from .diffusion_sorption import DiffusionSorption
 from .fisher_kpp import FisherKPP
+from .fitzhugh_nagumo import FitzHughNagumo
 from .navier_stokes import NavierStokes
 from .porous_medium import Diffusion, GeneralizedPorousMedium, PorousMedium
 from .problem import Problem
@@ -13,6 +14,7 @@ __all__ = [
     "Diffusion",
     "DiffusionSorption",
     "FisherKPP",
+    "FitzHughNagumo",
     "GeneralizedPorousMedium",
     "NavierStokes",
     "PorousMedium",

@@ -33,6 +33,7 @@ from torch.nn import functional
 
 from ...errors import NotConvergedError, ShapeError
 from ..finite_difference import finite_difference
+from .exponential import etdrk4
 from .problem import Problem
 
 __all__ = ["NavierStokes"]
@@ -118,7 +119,14 @@ class NavierStokes(Problem):
 
         Returns:
             A tensor of that shape.
+
+        Raises:
+            ShapeError: there are no such arguments.
         """
+        if len(args) != len(_IN_SPACE) + 1:
+            raise ShapeError(
+                f"the residual takes the {len(_IN_SPACE) + 1} tensors of arguments(initial), got {len(args)}: pass them on, as *args"
+            )
         velocity_x, velocity_y, vorticity_x, vorticity_y, laplacian = (
             products[name] + part for name, part in zip(_IN_SPACE, args[:-1], strict=True)
         )
@@ -151,11 +159,11 @@ class NavierStokes(Problem):
 
     @property
     def force(self) -> Tensor:
-        """F on the mesh, ``(points, points)`` in float64."""
+        """The force f on the mesh, ``(points, points)`` in float64."""
         return self._force(self.points)
 
     def velocity(self, vorticity: Tensor) -> Tensor:
-        """V of a vorticity ``(*batch, points, points)``: its two components, ``(*batch, 2, points, points)``."""
+        """The velocity v of a vorticity ``(*batch, points, points)``: its components, ``(*batch, 2, points, points)``."""
         parts = self._in_space(vorticity)
         return torch.stack([parts["velocity_x"], parts["velocity_y"]], dim=-3)
 
@@ -200,6 +208,7 @@ class NavierStokes(Problem):
         Args:
             initial: ``(*batch, points, points)``, read as a trigonometric polynomial with wavenumbers below points/2.
             tol: twice as many steps, then a finer mesh, change no element by more than this in the 2-norm, relative to its largest time.
+                The elements of a batch share steps and mesh.
             refine: the solver's mesh has so many times the points, at least 2. None: 3 or more, as ``tol`` asks.
             steps: from one time of the mesh to the next. None: as ``tol`` asks.
 
@@ -220,17 +229,19 @@ class NavierStokes(Problem):
         finer, each = refine or 2, steps or self._steps(start)
         time_is_open, space_is_open = steps is None, refine is None  # one after the other
         found = self._integrate(start, finer, each)
-        for _ in range(_TRIES):
-            if not (time_is_open or space_is_open):
-                return found.to(initial)
+        tries = 1
+        while time_is_open or space_is_open:
+            if tries == _TRIES:
+                raise NotConvergedError(
+                    f"the reference solution does not reach tol = {tol:.0e} with refine = {finer} and steps = {each}: loosen tol, raise "
+                    "the viscosity or shorten the duration, or give refine and steps and get what they make of it",
+                    solution=found,
+                )
             each, finer = (2 * each, finer) if time_is_open else (each, finer + 1)
-            before, found = found, self._integrate(start, finer, each)
+            before, found, tries = found, self._integrate(start, finer, each), tries + 1
             if _change(before, found) <= tol:
                 time_is_open, space_is_open = False, time_is_open and space_is_open
-        raise NotConvergedError(
-            f"the reference solution does not reach tol = {tol:.0e} with refine = {finer} and steps = {each}: loosen tol, raise the "
-            "viscosity or shorten the duration, or give refine and steps and get what they make of it"
-        )
+        return found.to(initial)
 
     def _steps(self, initial: Tensor) -> int:
         """To begin with, steps of one mesh width."""
@@ -239,7 +250,7 @@ class NavierStokes(Problem):
 
     def _integrate(self, initial: Tensor, refine: int, steps: int) -> Tensor:
         """The solution by ``steps`` steps of ETDRK4 from one time of the mesh to the next."""
-        n, step = refine * self.points, self.spacing[0] / steps
+        n = refine * self.points
         symbols, squares, largest = (part.to(initial.device) for part in self._symbols(n))
         kept = 3 * largest < n
         force = torch.fft.rfft2(self._force(n).to(initial.device))
@@ -248,21 +259,10 @@ class NavierStokes(Problem):
             velocity_x, velocity_y, vorticity_x, vorticity_y = torch.fft.irfft2(spectrum.unsqueeze(-3) * symbols[:4], s=(n, n)).unbind(-3)
             return kept * (force - torch.fft.rfft2(velocity_x * vorticity_x + velocity_y * vorticity_y))
 
-        decay = -self.viscosity * step * squares
-        phi1, phi2, phi3 = _phi(decay)
-        whole, half, inner = decay.exp(), (decay / 2).exp(), step / 2 * _phi(decay / 2)[0]
-        first, middle, last = step * (phi1 - 3 * phi2 + 4 * phi3), step * (2 * phi2 - 4 * phi3), step * (4 * phi3 - phi2)
-
-        spectrum, found = _on_finer_mesh(torch.fft.rfft2(initial), n), [initial]
-        for _ in range(self.times - 1):
-            for _ in range(steps):
-                at_start = nonlinear(spectrum)
-                a = half * spectrum + inner * at_start
-                at_a = nonlinear(a)
-                at_b = nonlinear(half * spectrum + inner * at_a)
-                at_c = nonlinear(half * a + inner * (2 * at_b - at_start))
-                spectrum = whole * spectrum + first * at_start + middle * (at_a + at_b) + last * at_c
-            found.append(torch.fft.irfft2(spectrum, s=(n, n))[..., ::refine, ::refine])
+        spectra = etdrk4(
+            -self.viscosity * squares, nonlinear, _on_finer_mesh(torch.fft.rfft2(initial), n), self.times - 1, self.spacing[0], steps
+        )
+        found = [initial, *(torch.fft.irfft2(spectrum, s=(n, n))[..., ::refine, ::refine] for spectrum in spectra)]
         return torch.stack(found, dim=-3)
 
     def _force(self, n: int) -> Tensor:
@@ -295,15 +295,6 @@ def _on_finer_mesh(spectrum: Tensor, mesh: int) -> Tensor:
     upper, lower = spectrum[..., :half, :half], spectrum[..., n - half + 1 :, :half]
     rows = torch.cat([functional.pad(upper, (0, 0, 0, mesh - 2 * half + 1)), lower], dim=-2)
     return (mesh / n) ** 2 * functional.pad(rows, (0, mesh // 2 + 1 - half))
-
-
-def _phi(z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """φ₁(z) = (eᶻ − 1)/z, φ₂ = (φ₁ − 1)/z, φ₃ = (φ₂ − ½)/z of real z, as means over a circle around z: nothing cancels near zero."""
-    circle = z.unsqueeze(-1) + torch.exp(1j * math.pi * (torch.arange(32, dtype=z.dtype, device=z.device) + 0.5) / 32)
-    phi1 = (circle.exp() - 1) / circle
-    phi2 = (phi1 - 1) / circle
-    phi3 = (phi2 - 0.5) / circle
-    return phi1.real.mean(-1), phi2.real.mean(-1), phi3.real.mean(-1)
 
 
 def _change(before: Tensor, after: Tensor) -> float:

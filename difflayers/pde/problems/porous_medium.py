@@ -32,6 +32,7 @@ import torch
 from torch import Tensor
 
 from ..finite_difference import finite_difference
+from ..rows import BoundaryRows, dirichlet, initial
 from .method_of_lines import cells_for, method_of_lines, refined
 from .problem import Problem
 
@@ -77,6 +78,19 @@ class GeneralizedPorousMedium(Problem):
         """u_t − k(u) u_xx − k'(u) u_x²."""
         u = products["u"]
         return products["u_t"] - self.coefficient(u) * products["u_xx"] - self.coefficient_slope(u) * products["u_x"].square()
+
+    def rows(self, *, weight: float = 1.0) -> list[BoundaryRows]:
+        """The initial condition, which is the argument of the constraint, and the values at both ends; at t = 0 the ends win.
+
+        Args:
+            weight: of all these rows; the equation itself has 1.
+        """
+        ends = torch.tensor([self.ends(t) for t in self.t.tolist()], dtype=torch.float64)
+        return [
+            initial(_WithEnds(*ends[0].tolist()), weight=weight),
+            dirichlet(ends[:, 0], dim=1, weight=weight),
+            dirichlet(ends[:, 1], dim=1, side="upper", weight=weight),
+        ]
 
     def initial(
         self,
@@ -299,6 +313,16 @@ class PorousMedium(GeneralizedPorousMedium):
         height = (mass / unit) ** (1 / (1 / m + 0.5))
         age = (self.t[:, None] + start) ** rate
         return (height - m * rate / 2 * ((self.x - self.length / 2) / age) ** 2).clamp(min=0) ** (1 / m) / age
+
+
+@dataclass(frozen=True)
+class _WithEnds:
+    left: float
+    right: float
+
+    def __call__(self, initial: Tensor, *args: Any) -> Tensor:
+        left, right = (torch.full_like(initial[..., :1], value) for value in (self.left, self.right))
+        return torch.cat([left, initial[..., 1:-1], right], -1)
 
 
 def _sine_series(problem: Problem, batch: int, modes: int, generator: torch.Generator | None) -> Tensor:

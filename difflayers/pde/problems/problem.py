@@ -56,6 +56,11 @@ class Problem(ABC):
         return (self.times, *(self.points,) * self.space_ndim)
 
     @property
+    def space(self) -> tuple[int, ...]:
+        """The shape of an initial condition: points for each dimension of space."""
+        return (self.points,) * self.space_ndim
+
+    @property
     def x(self) -> Tensor:
         """``(points,)`` in float64: both ends included, or, if the problem is periodic, the right one left out."""
         dx = self.spacing[-1]
@@ -148,7 +153,7 @@ class Problem(ABC):
         return self.residual({name: feature.squeeze(-1) for name, feature in features.items()}, *args)
 
     def _check_initial(self, initial: Tensor) -> None:
-        space = self.grid[1:]
+        space = self.space
         if initial.shape[-len(space) :] != space or not initial.is_floating_point():
             came = f"{initial.dtype} of shape {tuple(initial.shape)}"
             raise ShapeError(f"initial is {came}; wanted floating numbers, (*batch, *space), where space is {space}")

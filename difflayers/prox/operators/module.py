@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...holding import hold
 from .calculus import Indicator
 from .thresholds import hard_threshold, top_k_abs
 
@@ -70,10 +71,8 @@ class Prox(nn.Module):
         for name, value in parameters.items():
             if name in self.learned:
                 self.register_parameter(f"raw_{name}", nn.Parameter(_inverse_softplus(name, value)))
-            elif isinstance(value, nn.Parameter):
-                self.register_parameter(name, value)
             elif isinstance(value, Tensor):
-                self.register_buffer(name, value)
+                hold(self, name, value)
             else:
                 self.options[name] = value
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from difflayers.errors import NotConvergedError, ShapeError
-from difflayers.pde import finite_difference
-from difflayers.pde.problems import NavierStokes
+from difflayers.pde import HardConstraint, finite_difference
+from difflayers.pde.problems import NavierStokes, navier_stokes
 
 PI2 = 4 * math.pi**2
 
@@ -188,6 +188,41 @@ def test_solution_is_differentiable_in_the_initial_vorticity() -> None:
     assert torch.autograd.gradcheck(lambda start: problem.solve(start, refine=2, steps=2)[..., 1:, :, :], (initial,))
 
 
+def test_hard_constraint_finds_the_reference_in_a_basis() -> None:
+    problem = NavierStokes(points=12, times=13, viscosity=2e-2, duration=0.5)
+    initial = vortices(problem)
+    truth = problem.solve(initial)
+    others = problem.corrections(torch.randn(2, 1, 12, 12, 5, generator=generator(1), dtype=torch.float64).expand(2, 13, 12, 12, 5))
+    basis = torch.cat([others, (truth - initial.unsqueeze(1)).unsqueeze(-1) / 4], dim=-1)
+    constraint = HardConstraint(problem.residual, features=problem.features, grid_ndim=3)
+    arguments = problem.arguments(initial)
+    found = constraint.solve(basis, *arguments)
+    close(found.weights, torch.tensor([0.0] * 5 + [4.0], dtype=torch.float64).expand(2, 6), 2e-3)
+    close(initial.unsqueeze(1) + found.u, truth, 5e-3)
+    residual = problem.mesh_residual(found.u, *arguments)
+    close(found.residual_norm, torch.linalg.vector_norm(residual.flatten(1), dim=-1), 1e-9)
+
+
+def test_derivative_of_the_constrained_flow() -> None:
+    problem = NavierStokes(points=6, times=6, viscosity=5e-2, duration=0.5)
+    constraint = HardConstraint(problem.residual, features=problem.features, grid_ndim=3, tol=1e-12)
+    initial = vortices(problem, 1)
+    basis, along, test = (torch.randn(1, 6, 6, 6, 3, generator=generator(seed), dtype=torch.float64) for seed in (1, 2, 3))
+    turn = vortices(problem, 2)[1:]
+
+    def loss(step: Tensor) -> Tensor:
+        start = initial + step * turn
+        u = constraint(problem.corrections(basis + step * along), *problem.arguments(start))
+        return ((start.unsqueeze(1) + u) * test[..., 0]).sum()
+
+    step = torch.zeros((), dtype=torch.float64, requires_grad=True)
+    (slope,) = torch.autograd.grad(loss(step), step)
+    with torch.no_grad():
+        h = torch.tensor(1e-4, dtype=torch.float64)
+        expected = (8 * (loss(h) - loss(-h)) - loss(2 * h) + loss(-2 * h)) / (12 * h)
+    close(slope, expected, 1e-7)
+
+
 def test_what_is_refused() -> None:
     for constants in ({"viscosity": 0.0}, {"duration": -1.0}):
         with pytest.raises(ValueError, match="positive"):
@@ -200,6 +235,8 @@ def test_what_is_refused() -> None:
         problem.features(torch.zeros(5, 8, 4, 2))
     with pytest.raises(ShapeError, match=r"\(5, 8, 8\)"):
         problem.mesh_residual(torch.zeros(4, 8, 8))
+    with pytest.raises(ShapeError, match=r"arguments\(initial\), got 0"):
+        problem.residual({})
     with pytest.raises(ValueError, match="not finite"):
         problem.solve(initial * torch.nan)
     for option in ({"refine": 1}, {"steps": 0}):
@@ -207,6 +244,7 @@ def test_what_is_refused() -> None:
             problem.solve(initial, **option)
 
 
-def test_a_tolerance_out_of_reach_is_said() -> None:
+def test_a_tolerance_out_of_reach_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(navier_stokes, "_TRIES", 3)
     with pytest.raises(NotConvergedError, match="refine and steps"):
         NavierStokes(points=4, times=3, duration=0.01).solve(torch.eye(4, dtype=torch.float64), tol=1e-30)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from typing import Any
 
 import pytest
@@ -9,7 +10,8 @@ import torch
 from torch import Tensor
 
 from difflayers.errors import ShapeError
-from difflayers.pde.problems import Diffusion, PorousMedium, Stefan
+from difflayers.pde import HardConstraint
+from difflayers.pde.problems import Diffusion, GeneralizedPorousMedium, PorousMedium, Stefan
 
 
 def initial(problem: Diffusion, batch: int = 2) -> Tensor:
@@ -68,6 +70,19 @@ def test_barenblatt_keeps_its_mass() -> None:
         assert (mass - mass[0]).abs().max() < 1e-8
         errors.append(float((u - exact).abs().mean()))
     assert errors[1] < 0.7 * errors[0] < 2.5e-3
+
+
+@pytest.mark.parametrize("problem", [Diffusion(points=21, times=21), PorousMedium(points=21, times=21, exponent=1.0, duration=0.9)])
+def test_a_hard_constraint_finds_the_solution_in_a_basis(problem: GeneralizedPorousMedium) -> None:
+    start = problem.initial(2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    exact = problem.exact(start) if isinstance(problem, Diffusion) else problem.solve(start)
+    t, x = problem.t[:, None], problem.x
+    others = torch.stack([torch.ones_like(t * x), t * torch.ones_like(x), x * torch.ones_like(t), t * x, (x - t).clamp(min=0)], -1)
+    basis = torch.cat([exact.unsqueeze(-1), others.expand(2, *others.shape)], -1)
+    rows = pickle.loads(pickle.dumps(problem.rows(weight=100.0)))
+    constraint = HardConstraint(problem.residual, features=problem.features, rows=rows, grid_ndim=2)
+    found = constraint.solve(basis, start)
+    assert (found.u - exact).abs().max() < 2e-2
 
 
 def test_random_initial_conditions() -> None:
