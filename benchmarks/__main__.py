@@ -8,6 +8,7 @@ from benchmarks import (
     cones,
     core,
     derivatives,
+    hard_constraint,
     learned_prox,
     maros_meszaros,
     morphology,
@@ -51,3 +52,4 @@ if __name__ == "__main__":
     total_variation.main(short=short)
     plug_and_play.main(short=short)
     derivatives.main(short=short)
+    hard_constraint.main(short=short)

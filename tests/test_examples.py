@@ -106,6 +106,7 @@ LINES = {
         "5 steps unrolled {} ± {} {} ± {} {} {}",
         "fixed point {} ± {} {} ± {} {} {}",
     ],
+    "constraint_tolerance": ["finite differences agree to {}", "1e-02 {} {}", "1e-08 {} {}"],
     "conservation": [
         "ProbConserv {} {} ± {} {} ± {} {} ± {}",
         "trained through it {} {} ± {} {} ± {}",

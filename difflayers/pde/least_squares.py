@@ -10,9 +10,9 @@ So a cotangent g of w* pulls back to θ as −∂/∂θ (uᵀJᵀr) with A u = g
 is cheaper, and the derivative is off by an amount that grows with the residual and with the curvature of r; it is exact where r is zero or
 linear.
 
-Method: Levenberg–Marquardt until the scaled gradient is below the tolerance, then steps of Newton's method with one factor of A. They take
-the error of w* from the tolerance to rounding, and the factor says whether the minimum is isolated: where A is singular, w* is not unique,
-its derivative does not exist, and the status says so.
+Method: Levenberg–Marquardt until the scaled gradient is below the tolerance, then steps of Newton's method with one factor of A, or two.
+They take the error of w* from the tolerance to rounding, and the factor says whether the minimum is isolated: where A is singular, w* is
+not unique, its derivative does not exist, and the status says so.
 
 References: Nocedal and Wright, Numerical Optimization, 2006, chapter 10; Björck, Numerical Methods for Least Squares Problems, 1996.
 """
@@ -194,21 +194,29 @@ class LeastSquares(Problem):
         return levenberg_marquardt(rows, x0, damping=_DAMPING, **options)
 
     def _polish(self, found: Solution, theta: Sequence[Any]) -> Fit:
-        """Newton steps with one factor of A, which also tells whether the minimum is isolated."""
+        """Newton steps with one factor of A, or two, which also tells whether the minimum is isolated."""
         x, solved = found.x, found.status == Status.SOLVED
         factor = cholesky_factor(self.matrix((x, *theta)))
         status = torch.where(solved & factor.singular, int(Status.SINGULAR), found.status)
-        gradient = self.system.gradient(x, *theta)
-        moved = torch.zeros_like(found.residual)
-        for _ in range(_POLISHING_STEPS):
-            step = factor.solve(-gradient).x
-            trial = torch.where((status == Status.SOLVED)[..., None] & torch.isfinite(step), x + step, x)
-            trial_gradient = self.system.gradient(trial, *theta)
-            better = norm(trial_gradient) < norm(gradient)
-            if not bool(better.any()):
+        gradient, wandering = self.system.gradient(x, *theta), status == Status.SOLVED
+        for anew in (False, True):
+            if anew:
+                factor = cholesky_factor(self.matrix((x, *theta)))
+            moved, last = torch.zeros_like(found.residual), torch.zeros_like(found.residual)
+            for _ in range(_POLISHING_STEPS):
+                step = factor.solve(-gradient).x
+                trial = torch.where(wandering[..., None] & torch.isfinite(step), x + step, x)
+                trial_gradient = self.system.gradient(trial, *theta)
+                better = norm(trial_gradient) < norm(gradient)
+                if not bool(better.any()):
+                    break
+                x, gradient = torch.where(better[..., None], trial, x), torch.where(better[..., None], trial_gradient, gradient)
+                last = torch.where(better, relative(norm(step), norm(x)), 0)
+                moved = torch.maximum(moved, last)
+            # A factor from too far away is slow. Another one, for the problems that still move, is enough.
+            wandering = last > 1e-10
+            if not bool(wandering.any()):
                 break
-            x, gradient = torch.where(better[..., None], trial, x), torch.where(better[..., None], trial_gradient, gradient)
-            moved = torch.maximum(moved, torch.where(better, relative(norm(step), norm(x)), 0))
         # The factor stays good for the derivatives if the steps were rounding.
         if bool((moved <= 1e-13).all()):
             self._factor = factor
