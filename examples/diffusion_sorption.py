@@ -210,7 +210,8 @@ def train(method: Method, seed: int, bar: tqdm) -> tuple[Run, Tensor]:
         storages.clear()
         with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
             u, taken = predict(method, network, u0, generator)
-            loss = sum(mean_squares(u, u0)).mean()
+            equation, conditions = mean_squares(u, u0)
+            loss = (equation + conditions).mean()
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(network.parameters(), 1.0)
