@@ -48,8 +48,7 @@ torch.set_num_threads(1)  # the systems have 16 unknowns: more threads would onl
 # The problem
 # -----------
 # R is infinite at u = 0, and the medium is nearly empty at its far end. Rounded off below u = 0.01 it is a milder function, and no solution
-# changes by more than 0.2 %. Rounded off below the published 1e-6, solves with an untrained network take 20 to 50 iterations in place of 6,
-# and some don't converge in 50.
+# changes by more than 0.2 %. Rounded off below the published 1e-6, solves with an untrained network take up to 42 iterations in place of 3.
 
 times, points = (41, 96) if options.full else (26, 48)
 problem = DiffusionSorption(times=times, points=points, regularization=1e-2)
@@ -258,7 +257,7 @@ for label, of_seeds in runs.items():
 # %%
 # What came out
 # -------------
-# For the same number of steps the constraint is worth a lot, and experts that are coupled about as much. For the same time a penalty does
+# For the same number of steps the constraint is worth a lot, and experts that are coupled nearly as much. For the same time a penalty does
 # as well as the constraint on this problem, whose solutions are told apart by one number: a step with it costs a third. Experts apart
 # lose. The paper's experts had four times as many points as its one constraint, and a hundred times the steps. ``--full`` is the study;
 # the tutorial "From a penalty to a hard constraint to experts" has its table for three seeds, and what can be said about the reasons.
