@@ -35,9 +35,9 @@ from difflayers.pde import HardConstraint, MixtureOfConstraints
 from difflayers.pde.problems import NavierStokes
 
 parser = argparse.ArgumentParser(description="A flow in two dimensions: a soft penalty, one hard constraint, four experts.")
-parser.add_argument("--steps", type=int, default=40, help="training steps of each network; the soft penalty also gets three times as many")
+parser.add_argument("--steps", type=int, default=40, help="training steps of each network; the penalty also gets three times as many")
 parser.add_argument("--seeds", type=int, default=1, help="repetitions: other flows, other initial networks")
-parser.add_argument("--full", action="store_true", help="400 steps, three seeds: half an hour")
+parser.add_argument("--full", action="store_true", help="400 steps, three seeds: more than half an hour")
 options, _ = parser.parse_known_args()
 if options.full:
     options.steps, options.seeds = 400, 3
@@ -108,7 +108,8 @@ class BasisNetwork(nn.Module):
 # -----------------------------
 # A sample of the points is enough for sixteen unknowns. The initial condition is kept by construction, and the equation is all that remains
 # to be solved. With experts, the residual is that of each piece with its own weights: the basis functions are differentiated before they
-# are cut, so a jump between two pieces does not show in it. It shows in the error.
+# are cut, so a jump between two pieces does not show in it. It shows in the error. The Gauss–Newton derivative differs from the exact one
+# by about one per cent in the gradients of this example, and nearly halves the time of a solve.
 
 constraint = HardConstraint(problem.residual, features=problem.features, grid_ndim=3, points=2048, hessian="gauss_newton")
 WAYS = {
@@ -208,7 +209,20 @@ with tqdm(total=options.seeds * sum(steps for _, steps in RUNS.values())) as bar
 # %%
 # Results
 # -------
-# Each network is tested in every way, whatever it was trained for.
+# Each network is tested in every way, whatever it was trained for. What three seeds give, in the mean, and each of them in this order:
+#
+# * At equal numbers of steps the constraint wins, and experts win over one solve: an error of 0.16 with the penalty, 0.14 with one solve
+#   for the whole square, 0.126 with four.
+# * A step with a solve takes more than three times as long. Given three times the steps, the penalty reaches 0.109, and wins. Here a step
+#   of the network is cheap, and what limits all of them is how little it has learned; where a step of the network costs more than a solve,
+#   the first point counts.
+# * The best of all is the network of the penalty with experts added only when it is tested: 0.100 with four of them, 0.097 with sixteen. A
+#   solve needs no training.
+# * More experts lower the residual every time. The error follows less and less, since nothing in these residuals asks neighbours to agree.
+#
+# Why does the solve not teach the network more? The loss is the sum of squares that the weights minimize already. By the envelope theorem
+# the way in which they depend on the network then drops out of its gradient, except for what the points leave that were not sampled. It
+# is the gradient of the penalty, at better weights. A loss of another kind, on data or on a force, needs the derivative of the solve.
 
 
 def mean(values: list[float]) -> float:
@@ -236,7 +250,7 @@ for row, k in zip(axes, times, strict=True):
     errors = [picture - truth[0, k] for picture in pictures[1:]]
     for axis, picture in zip(row, [*pictures, *errors], strict=True):
         scale = largest if axis in row[: len(shown)] else largest / 4
-        axis.imshow(picture.T, origin="lower", cmap="RdBu_r", vmin=-scale, vmax=scale)
+        axis.imshow(picture.T.numpy(), origin="lower", cmap="RdBu_r", vmin=-scale, vmax=scale)
         axis.set(xticks=[], yticks=[])
     row[0].set_ylabel(f"t = {problem.t[k]:.2f}")
 for axis, title in zip(axes[0], [*shown, *(f"error (× 4):\n{name}" for name in list(shown)[1:])], strict=True):
