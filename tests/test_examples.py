@@ -118,6 +118,12 @@ LINES = {
         "process 1 {} {} {}",
         "error on initial conditions never seen: {} before training, {} after 2 steps",
     ],
+    "diffusion_sorption": [
+        "soft penalty {} ± {} {} {} {} {} {} {}",
+        "one constraint {} ± {} {} {} {} {} {} {}",
+        "4 apart {} ± {} {} {} {} {} {} {}",
+        "16 coupled {} ± {} {} {} {} {} {} {}",
+    ],
     "jacobian_descent": ["average {} {} {} × {} × {} {} {} %", "UPGrad {} {} {} × {} × {} {} {} %"],
     "navier_stokes_experts": [
         "untrained 0.0 {} {} {} {} {}",
@@ -128,6 +134,7 @@ LINES = {
 }
 SEEDED = (
     "continual_learning",
+    "diffusion_sorption",
     "quickstart",
     "decision_focused",
     "proximal_lora",
