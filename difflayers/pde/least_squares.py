@@ -41,6 +41,8 @@ from ..solvers.loop import norm, relative
 __all__ = ["Fit", "FitOptions", "LeastSquares", "RowSystem"]
 
 _POLISHING_STEPS = 3
+# A few problems of a batch take several times as long as the rest.
+_ROUNDS = (10, 20)
 # Bases are nearly dependent. A larger μ holds the steps back where J is flat, and takes twice as many.
 _DAMPING = 1e-6
 
@@ -113,6 +115,15 @@ class RowSystem(abc.ABC):
     def check(self, w: Tensor, theta: Sequence[Any]) -> None:  # noqa: B027  (optional)
         """Refuse data that do not have the structure which is made use of; called once a solve, on plain tensors."""
 
+    def select(self, theta: Sequence[Any], which: Tensor) -> RowSystem | None:
+        """The system of some of the problems, with no θ of its own; None if it cannot be taken apart.
+
+        Args:
+            theta: of all the problems, plain tensors.
+            which: ``(*batch,)`` bool. The new batch has one dimension.
+        """
+        return None
+
     def batched(self, in_dims: tuple[int | None, ...], randomness: str) -> RowSystem:
         """The system with one more leading batch dimension."""
         return _Mapped(self, in_dims, randomness)
@@ -179,19 +190,48 @@ class LeastSquares(Problem):
         return fit
 
     def _search(self, x0: Tensor, theta: Sequence[Any], tol: float) -> Solution:
-        def rows(w: Tensor) -> Tensor:
-            return self.system.rows(w, *theta)
-
         solver = self.options.solver
         if not isinstance(solver, str):
-            return solver(rows, x0, batch_ndim=x0.dim() - 1)
-        options: dict[str, Any] = {"batch_ndim": x0.dim() - 1, "tol": tol, "max_iter": self.options.max_iter}
-        options["normal_equations"] = lambda w: self.system.normal_equations(w, *theta)
+            return solver(lambda w: self.system.rows(w, *theta), x0, batch_ndim=x0.dim() - 1)
         if solver == "gauss_newton":
-            return gauss_newton(rows, x0, **options)
-        if self.options.hessian == "exact":
-            options["hessian"] = lambda w: self.system.hessian(w, *theta)
-        return levenberg_marquardt(rows, x0, damping=_DAMPING, **options)
+            return gauss_newton(
+                lambda w: self.system.rows(w, *theta),
+                x0,
+                batch_ndim=x0.dim() - 1,
+                tol=tol,
+                max_iter=self.options.max_iter,
+                normal_equations=lambda w: self.system.normal_equations(w, *theta),
+            )
+        return self._in_rounds(self.system, x0, theta, tol, self.options.max_iter, _ROUNDS)
+
+    def _in_rounds(
+        self, system: RowSystem, x0: Tensor, theta: Sequence[Any], tol: float, max_iter: int, rounds: tuple[int, ...]
+    ) -> Solution:
+        """Levenberg–Marquardt in rounds of trial points: into the next one go only the problems that are not solved."""
+        now = min(max_iter, rounds[0]) if rounds else max_iter
+        found = levenberg_marquardt(
+            lambda w: system.rows(w, *theta),
+            x0,
+            batch_ndim=x0.dim() - 1,
+            tol=tol,
+            max_iter=now,
+            damping=_DAMPING,
+            normal_equations=lambda w: system.normal_equations(w, *theta),
+            hessian=(lambda w: system.hessian(w, *theta)) if self.options.hessian == "exact" else None,
+        )
+        left = found.status == Status.MAX_ITER
+        if now == max_iter or not bool(left.any()):
+            return found
+        fewer = system.select(theta, left)
+        if fewer is None:
+            again = self._in_rounds(system, found.x, theta, tol, max_iter - now, rounds[1:])
+            again = Solution(*(part[left] for part in again))
+        else:
+            again = self._in_rounds(fewer, found.x[left], (), tol, max_iter - now, rounds[1:])
+        merged = Solution(*(part.clone() for part in found))
+        for into, part in zip(merged, again._replace(iterations=now + again.iterations), strict=True):
+            into[left] = part
+        return merged
 
     def _polish(self, found: Solution, theta: Sequence[Any]) -> Fit:
         """Newton steps with one factor of A, or two, which also tells whether the minimum is isolated."""

@@ -94,7 +94,7 @@ def solve_rows(
         explicit, captured, _ = hoist(pointwise, start, [block.args for block in points], of=functions[0])
         seen.append(explicit)
     split = len(captured)
-    system: RowSystem = Structured(lambda theta, z, args: seen[0](theta[:split], z, args), rows_of)
+    system: RowSystem = Structured(lambda theta, z, args: seen[0](theta[:split], z, args), rows_of, split)
     if free is not None:
         unknown, more, _ = hoist(free.function, single, *free.args)
         seen.append(unknown)

@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch._C import _functorch
+from torch.utils import _pytree
 
 from ..errors import DiffLayersError, ShapeError
 from ..solvers.linearize import vjp
@@ -77,10 +78,11 @@ class Structured(RowSystem):
     Args:
         functions: ``(θ, products of each block, args of each block) -> rows of each block``.
         split: θ -> (blocks of :class:`PointRows`, blocks of :class:`LinearRows`).
+        closed_over: how many tensors at the beginning of θ the functions close over.
     """
 
-    def __init__(self, functions: Callable[..., list[Tensor]], split: Split) -> None:
-        self.functions, self.split = functions, split
+    def __init__(self, functions: Callable[..., list[Tensor]], split: Split, closed_over: int = 0) -> None:
+        self.functions, self.split, self.closed_over = functions, split, closed_over
 
     def rows(self, w: Tensor, *theta: Any) -> Tensor:
         """ρ of every block, times its weight, then Lw − g."""
@@ -128,6 +130,35 @@ class Structured(RowSystem):
                 off = (others[name] - along * ones[name]).abs()
                 if bool((off > 1e3 * torch.finfo(w.dtype).eps ** 0.75 * ones[name].abs().amax(-1, keepdim=True)).any()):
                     raise DiffLayersError(_MIXES)
+
+    def select(self, theta: Sequence[Any], which: Tensor) -> RowSystem | None:
+        """Some of the problems, if it is plain for every tensor whether it has their batch dimensions."""
+        points, linear = self.split(theta)
+
+        def unclear(leaf: Any, count: int) -> bool:
+            return isinstance(leaf, Tensor) and leaf.numel() > 1 and leaf.shape[-1] != count
+
+        def pick(leaf: Any, core: int) -> Any:
+            if not isinstance(leaf, Tensor) or leaf.dim() <= core:
+                return leaf
+            return leaf.expand(*which.shape, *leaf.shape[leaf.dim() - core :])[which]
+
+        counts = [next(iter(block.features.values())).shape[-2] for block in points]
+        if not which.dim() or any(leaf.numel() > 1 for leaf in theta[: self.closed_over]):
+            return None
+        if any(unclear(leaf, count) for block, count in zip(points, counts, strict=True) for leaf in _pytree.tree_leaves(block.args)):
+            return None
+        blocks = [
+            PointRows(
+                block.function,
+                {name: pick(T, 2) for name, T in block.features.items()},
+                _pytree.tree_map(lambda leaf: pick(leaf, 1), block.args),
+                pick(block.weight, 1),
+            )
+            for block in points
+        ]
+        lines = [LinearRows(pick(rows.matrix, 2), pick(rows.target, 1)) for rows in linear]
+        return Structured(lambda _, z, args: self.functions(theta, z, args), lambda _: (blocks, lines))
 
     def _rho(self, points: Sequence[PointRows], theta: Sequence[Any]) -> Callable[[Tensor], Tensor]:
         def weighted(products: Tensor) -> Tensor:

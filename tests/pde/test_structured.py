@@ -1,5 +1,7 @@
 """Rows assembled from features against the same rows differentiated."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
@@ -125,3 +127,38 @@ def test_all_kinds_of_rows_together() -> None:
             sums.append(solve(matrix + sign * 1e-5 * direction).sum())
             scale -= sign * 1e-5
     torch.testing.assert_close(slopes[0] + (slopes[1] * direction).sum(), (sums[0] - sums[1]) / 2e-5, rtol=1e-6, atol=1e-9)
+
+
+def test_some_of_the_problems() -> None:
+    w, which = randn(3, 4, seed=9), torch.tensor([True, False, True])
+    fewer = system().select((), which)
+    assert fewer is not None
+    for name in ("rows", "gradient", "hessian"):
+        torch.testing.assert_close(getattr(fewer, name)(w[which]), getattr(system(), name)(w)[which])
+    unclear = POINTS[0]._replace(args=(torch.ones(3),))  # one for each problem, or for all?
+    assert system([unclear]).select((), which) is None
+
+
+def test_a_batch_goes_on_without_the_problems_that_are_solved() -> None:
+    # Starting far away takes more than one round.
+    T, c = randn(9, 3), torch.stack([randn(9, seed=1), 30 * randn(9, seed=2), randn(9, seed=3)])
+    start = torch.tensor([[0.0] * 3, [40.0, -30.0, 20.0], [0.0] * 3], dtype=D)
+
+    def solve(c: Tensor, start: Tensor, function: Callable[..., Tensor]) -> tuple[Tensor, Tensor]:
+        found = solve_rows(start, [PointRows(function, {"u": T}, (c,))], options=FitOptions())
+        return found.x, found.iterations
+
+    def cubic(z: dict[str, Tensor], c: Tensor) -> Tensor:
+        return z["u"] ** 3 + z["u"] - c
+
+    x, iterations = solve(c, start, cubic)
+    assert int(iterations.max()) > 10
+    assert int(iterations.min()) <= 10
+    for i in range(3):
+        alone, count = solve(c[i], start[i], cubic)
+        torch.testing.assert_close(x[i], alone)
+        assert iterations[i] == count
+    several = torch.ones(2, dtype=D)  # closed over: the batch stays whole, and so does the result
+    whole, same = solve(c, start, lambda z, c: cubic(z, c) * several.prod())
+    torch.testing.assert_close(whole, x)
+    assert torch.equal(same, iterations)
