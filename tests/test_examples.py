@@ -118,6 +118,12 @@ LINES = {
         "error on initial conditions never seen: {} before training, {} after 2 steps",
     ],
     "jacobian_descent": ["average {} {} {} × {} × {} {} {} %", "UPGrad {} {} {} × {} × {} {} {} %"],
+    "navier_stokes_experts": [
+        "untrained 0.0 {} {} {} {} {}",
+        "soft penalty {} {} {} {} {} {}",
+        "soft penalty, 3 × steps {} {} {} {} {} {}",
+        "4 experts {} {} {} {} {} {}",
+    ],
 }
 SEEDED = (
     "continual_learning",

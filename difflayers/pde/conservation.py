@@ -8,7 +8,8 @@ each row of G holds the weights of an integral. Conditioning the normal distribu
 For σ = 0 the law holds exactly, :math:`G \tilde μ = b` and :math:`G \tilde Σ = 0`, and :math:`\tilde μ` is the projection of μ in the norm
 of :math:`Σ^{-1}`: values are corrected where the prediction is unsure of them. M has a row and a column for each row of G. A diagonal Σ is
 never written out as a matrix: memory is O(rows · points). Redundant rows with values that agree are solved by the
-pseudoinverse (:mod:`~difflayers.pde.completion`); rows that differ by less than about 1e-6 of their size count as redundant.
+pseudoinverse (:mod:`~difflayers.pde.completion`); rows count as redundant if what they differ by has a prior deviation of less than about
+1e-6 of theirs.
 
 Reference: Hansen, Maddix, Alizadeh, Gupta and Mahoney, Learning physical models that can respect conservation laws, ICML 2023,
 arXiv:2302.11002.
@@ -24,6 +25,7 @@ from torch import Tensor, nn
 
 from ..convex.projections.arguments import status_reported
 from ..errors import ShapeError
+from ..holding import hold
 from ..implicit.eager import eager
 from ..solution import OnFailure, Status
 from .completion import completion
@@ -32,6 +34,7 @@ from .smoothness import second_difference_rows, second_difference_variance
 __all__ = ["ConservationProjection", "ConservationSolution", "conservation_projection"]
 
 Form = Literal["diagonal", "full"]
+_STEPS = 3  # of iterative refinement
 
 
 class ConservationSolution(NamedTuple):
@@ -40,7 +43,8 @@ class ConservationSolution(NamedTuple):
     Attributes:
         mean: ``(*batch, *grid)``.
         variance: ``(*batch, *grid)``, the exact marginal variances.
-        covariance: ``(*batch, n, n)``; None unless the prior has one, or ``full_posterior`` asks for it.
+        covariance: ``(*batch, n, n)``; None unless the prior has one, or ``full_posterior`` asks for it. (torch.func.vmap returns no
+            None: let the function under it return the fields that you want.)
         log_likelihood: ``(*batch,)``, the log density of the value under the prediction, log N(value; G μ, M): what to maximize
             to learn the noise. Rows that are redundant have a density only among the values that they can take.
         status: ``(*batch,)`` int64 tensor of :class:`~difflayers.Status` codes.
@@ -212,13 +216,8 @@ class ConservationProjection(nn.Module):
         on_failure: OnFailure = "raise",
     ) -> None:
         super().__init__()
-        for name, part in (("weights", weights), ("noise", noise)):
-            if isinstance(part, nn.Parameter):
-                self.register_parameter(name, part)
-            elif isinstance(part, Tensor):
-                self.register_buffer(name, part)
-            else:
-                setattr(self, name, part)
+        hold(self, "weights", weights)
+        hold(self, "noise", noise)
         self.covariance: Form = covariance
         self.grid_ndim, self.smoothness = grid_ndim, smoothness
         self.on_failure: OnFailure = on_failure
@@ -263,17 +262,25 @@ class ConservationProjection(nn.Module):
 def _refinement(
     point: Tensor, step: Tensor, gain: Tensor, factor: Tensor, scale: Tensor, G: Tensor, b: Tensor, noise_variance: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """One step for what rounding has left of the equations, then by how much each still fails, and the size of its terms.
+    """What rounding has left of the equations: the correction of the point, then by how much each still fails, and the size of its terms.
 
-    Where the equations can hold it is zero but for rounding, and so are its derivatives.
+    Where the equations can hold the correction is zero but for rounding, and so are its derivatives. Each step gains the digits that
+    the condition of the rows leaves.
     """
-    miss = _times(G, point) - b - noise_variance * scale * _solve(factor.mT, step, upper=True)
-    again = _solve(factor, scale * miss)
-    correction = -_times(gain.mT, again)
-    point, multiplier = point + correction, scale * _solve(factor.mT, step + again, upper=True)
-    miss = _times(G, point) - b - noise_variance * multiplier
-    size = _times(G.abs(), point.abs()) + b.abs() + noise_variance * multiplier.abs()
-    return correction, miss.abs(), size
+    refined = point
+    for _ in range(_STEPS):
+        again = _solve(factor, scale * _miss(refined, step, factor, scale, G, b, noise_variance)[0])
+        refined, step = refined - _times(gain.mT, again), step + again
+    miss, multiplier = _miss(refined, step, factor, scale, G, b, noise_variance)
+    size = _times(G.abs(), refined.abs()) + b.abs() + noise_variance * multiplier.abs()
+    return refined - point, miss.abs(), size
+
+
+def _miss(
+    point: Tensor, step: Tensor, factor: Tensor, scale: Tensor, G: Tensor, b: Tensor, noise_variance: Tensor
+) -> tuple[Tensor, Tensor]:
+    multiplier = scale * _solve(factor.mT, step, upper=True)
+    return _times(G, point) - b - noise_variance * multiplier, multiplier
 
 
 def _check(mean: Tensor, variance: Tensor, weights: Tensor, grid_ndim: int, full: bool) -> torch.Size:

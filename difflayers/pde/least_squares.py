@@ -41,6 +41,8 @@ from ..solvers.loop import norm, relative
 __all__ = ["Fit", "FitOptions", "LeastSquares", "RowSystem"]
 
 _POLISHING_STEPS = 3
+# Bases are nearly dependent. A larger μ holds the steps back where J is flat, and takes twice as many.
+_DAMPING = 1e-6
 
 
 class Fit(NamedTuple):
@@ -189,7 +191,7 @@ class LeastSquares(Problem):
             return gauss_newton(rows, x0, **options)
         if self.options.hessian == "exact":
             options["hessian"] = lambda w: self.system.hessian(w, *theta)
-        return levenberg_marquardt(rows, x0, **options)
+        return levenberg_marquardt(rows, x0, damping=_DAMPING, **options)
 
     def _polish(self, found: Solution, theta: Sequence[Any]) -> Fit:
         """Newton steps with one factor of A, which also tells whether the minimum is isolated."""

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..convex.projections import projection_affine_set, projection_polyhedron
 from ..errors import ShapeError
+from ..holding import hold
 from ..solution import OnFailure
 
 __all__ = ["LinearConstraint"]
@@ -62,10 +63,7 @@ class LinearConstraint(nn.Module):
         if (A is None and b is not None) or (G is None and h is not None):
             raise ValueError("b belongs to A and h to G: one came without its matrix")
         for name, part in (("A", A), ("b", b), ("G", G), ("h", h)):
-            if isinstance(part, nn.Parameter):
-                self.register_parameter(name, part)
-            else:
-                self.register_buffer(name, part)
+            hold(self, name, part)
         self.on_failure: OnFailure = on_failure
 
     def forward(

@@ -136,7 +136,7 @@ def _minimize(
     length, growth = torch.ones_like(mu), torch.full_like(mu, 2)
     least: Tensor | None = None
     weights, fresh = torch.zeros_like(x), True
-    # Rows whose gradient has fallen by less than ten from one point to the next are left to Newton's model.
+    # Rows whose gradient has fallen by less than four from one point to the next are left to Newton's model.
     slow, accept, before = torch.zeros_like(rows.running), rows.running, torch.full_like(mu, torch.inf)
     for k in range(max_iter + 1):
         if fresh:
@@ -147,7 +147,7 @@ def _minimize(
             extent = norm(r) + dot(columns, x.abs())
             least = eps**0.5 * extent if least is None else least
             residual = relative(gradient.abs(), columns * torch.maximum(extent, least)[..., None]).amax(-1)
-            slow = slow | (accept & (residual > 0.1 * before))
+            slow = slow | (accept & (residual > 0.25 * before))
             before = torch.where(accept, residual, before)
             model = gram
             if hessian is not None and bool((slow & rows.running & (residual > tol)).any()):

@@ -226,6 +226,21 @@ def test_nearly_redundant_rows_are_met_or_refused() -> None:
         assert found.status == Status.SOLVED or angle < 1e-5
 
 
+def test_badly_scaled_laws_are_met_to_rounding() -> None:
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    for _ in range(60):
+        rows, n = 5, 12
+        G, variance, mean = normal(rows, n) * 10 ** (3 * normal(rows, 1)), 10 ** (2 * normal(n)), normal(n) * 10 ** (2 * normal(n))
+        value = G @ normal(n)
+        found = conservation_projection(mean, variance, value, G)
+        size = G.abs() @ found.mean.abs() + value.abs()
+        assert ((G @ found.mean - value).abs() / size).max() < 1e-13
+
+
 def test_a_law_about_what_is_certain() -> None:
     mean, variance = torch.tensor([1.0, 2.0, 3.0]), torch.tensor([0.0, 0.0, 1.0])
     found = conservation_projection(mean, variance, torch.tensor([6.0, 7.0, 5.0]), torch.ones(3))
