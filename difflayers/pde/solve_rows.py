@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -53,8 +54,8 @@ def solve_rows(
         options: how to solve.
         coupling: linear rows that tie the E problems of the last batch dimension together: L is ``(*batch, m, E·N)``, g ``(*batch, m)``,
             with x0 ``(*batch, E, N)``. They are one problem then, and share a status.
-        slots: with ``coupling``, which of the E problems the other rows are of, in this process; ``x0`` and ``coupling`` are of all of
-        them.
+        slots: with ``coupling``, which of the E problems the other rows are of, in this process; ``x0`` and ``coupling`` are of all
+            of them.
 
     Returns:
         :class:`~difflayers.pde.least_squares.Fit` with x like ``x0``.
@@ -91,7 +92,8 @@ def solve_rows(
     single = x0 if coupling is None or slots is None else x0[..., slots.own, :]
     if points:
         start = [{name: (T.to(x0.dtype) @ single.unsqueeze(-1)).squeeze(-1) for name, T in block.features.items()} for block in points]
-        explicit, captured, _ = hoist(pointwise, start, [block.args for block in points], of=functions[0])
+        everything_that_is_called = functools.partial(pointwise, *functions)
+        explicit, captured, _ = hoist(pointwise, start, [block.args for block in points], of=everything_that_is_called)
         seen.append(explicit)
     split = len(captured)
     system: RowSystem = Structured(lambda theta, z, args: seen[0](theta[:split], z, args), rows_of, split)

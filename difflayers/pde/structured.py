@@ -134,20 +134,18 @@ class Structured(RowSystem):
     def select(self, theta: Sequence[Any], which: Tensor) -> RowSystem | None:
         """Some of the problems, if it is plain for every tensor whether it has their batch dimensions."""
         points, linear = self.split(theta)
-
-        def unclear(leaf: Any, count: int) -> bool:
-            return isinstance(leaf, Tensor) and leaf.numel() > 1 and leaf.shape[-1] != count
+        others = list(theta[: self.closed_over])
+        for block in points:
+            count = next(iter(block.features.values())).shape[-2]
+            others += [leaf for leaf in _pytree.tree_leaves(block.args) if isinstance(leaf, Tensor) and leaf.shape[-1:] != (count,)]
+        if not which.dim() or any(leaf.numel() > 1 for leaf in others):
+            return None
 
         def pick(leaf: Any, core: int) -> Any:
             if not isinstance(leaf, Tensor) or leaf.dim() <= core:
                 return leaf
             return leaf.expand(*which.shape, *leaf.shape[leaf.dim() - core :])[which]
 
-        counts = [next(iter(block.features.values())).shape[-2] for block in points]
-        if not which.dim() or any(leaf.numel() > 1 for leaf in theta[: self.closed_over]):
-            return None
-        if any(unclear(leaf, count) for block, count in zip(points, counts, strict=True) for leaf in _pytree.tree_leaves(block.args)):
-            return None
         blocks = [
             PointRows(
                 block.function,

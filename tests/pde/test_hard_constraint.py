@@ -112,6 +112,19 @@ def test_linear_rows_alone_are_interpolation() -> None:
     assert torch.autograd.grad(found.u[15], basis)[0].isfinite().all()
 
 
+def test_what_the_equations_read_is_remembered_for_backward() -> None:
+    basis = (modes()[0] + 0.1 * randn(31, 6)).requires_grad_()
+    slopes = []
+    for changed in (False, True):
+        first, second = 1.0, 2.0
+        rows = [pde(lambda z: z["u"] ** 2 - first, as_is), pde(lambda z: z["u"] ** 3 - second, as_is)]  # noqa: B023  (they change)
+        u = HardConstraint(None, rows=rows, ridge=0.1, x0=0.1)(basis)
+        if changed:
+            first, second = 10.0, 20.0
+        slopes.append(torch.autograd.grad(u.square().sum(), basis)[0])
+    torch.testing.assert_close(*slopes, rtol=0, atol=0)
+
+
 def test_sampled_points() -> None:
     u0 = (torch.sin(math.pi * x[:, None] * MODES) @ randn(2, 4, 1)).squeeze(-1)
     basis, source = modes().expand(2, -1, -1, -1), torch.cos(3 * x) * t[:, None]
