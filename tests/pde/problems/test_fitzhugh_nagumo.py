@@ -37,8 +37,8 @@ def test_shapes_and_reproducible_initial_conditions() -> None:
     torch.testing.assert_close(single, u.float(), rtol=1e-4, atol=1e-5)
     with pytest.raises(ShapeError, match="space"):
         MILD.solve(u0[:, :1])
-    large = dataclasses.replace(MILD, modes=4).initial(400)
-    assert large.var() == pytest.approx(1, abs=0.1)
+    large = dataclasses.replace(MILD, modes=4).initial(400, generator=torch.Generator().manual_seed(0))
+    assert large[..., :-1, :-1].var() == pytest.approx(1, abs=0.05)  # each point of the mesh for a cell
 
 
 def test_without_differences_in_space_they_are_ordinary_equations() -> None:
