@@ -23,6 +23,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..convex.kkt import times
 from ..convex.projections.arguments import status_reported
 from ..errors import ShapeError
 from ..holding import hold
@@ -142,8 +143,8 @@ def conservation_projection(
     missing, indefinite = completion(A)
     factor = torch.linalg.cholesky_ex(A + missing).L
     gain = torch.linalg.solve_triangular(factor, scale.unsqueeze(-1) * K, upper=False)
-    step = _solve(factor, scale * (_times(G, mu) - b))
-    point = mu - _times(gain.mT, step)
+    step = _solve(factor, scale * (times(G, mu) - b))
+    point = mu - times(gain.mT, step)
     correction, misses, sizes = _refinement(*(part.detach() for part in (point, step, gain, factor, scale, G, b, noise_variance)))
     point = point + correction
 
@@ -152,7 +153,7 @@ def conservation_projection(
     rank = rows - _diagonal(missing).sum(-1).round()
     spread = factor.diagonal(dim1=-2, dim2=-1).log() - scale.log()
     log_likelihood = -(step.square() / 2 + spread)[..., -rows:].sum(-1) - rank / 2 * math.log(2 * math.pi)
-    residual = (_times(G, point) - b)[..., -rows:].detach().abs().amax(-1)
+    residual = (times(G, point) - b)[..., -rows:].detach().abs().amax(-1)
 
     if full:
         broken = broken | (marginal < -1e-8 * _diagonal(prior).abs()).any(-1)
@@ -270,9 +271,9 @@ def _refinement(
     refined = point
     for _ in range(_STEPS):
         again = _solve(factor, scale * _miss(refined, step, factor, scale, G, b, noise_variance)[0])
-        refined, step = refined - _times(gain.mT, again), step + again
+        refined, step = refined - times(gain.mT, again), step + again
     miss, multiplier = _miss(refined, step, factor, scale, G, b, noise_variance)
-    size = _times(G.abs(), refined.abs()) + b.abs() + noise_variance * multiplier.abs()
+    size = times(G.abs(), refined.abs()) + b.abs() + noise_variance * multiplier.abs()
     return refined - point, miss.abs(), size
 
 
@@ -280,7 +281,7 @@ def _miss(
     point: Tensor, step: Tensor, factor: Tensor, scale: Tensor, G: Tensor, b: Tensor, noise_variance: Tensor
 ) -> tuple[Tensor, Tensor]:
     multiplier = scale * _solve(factor.mT, step, upper=True)
-    return _times(G, point) - b - noise_variance * multiplier, multiplier
+    return times(G, point) - b - noise_variance * multiplier, multiplier
 
 
 def _check(mean: Tensor, variance: Tensor, weights: Tensor, grid_ndim: int, full: bool) -> torch.Size:
@@ -321,10 +322,6 @@ def _finite(part: Tensor, core_ndim: int) -> Tensor:
 
 def _diagonal(matrix: Tensor) -> Tensor:
     return matrix.diagonal(dim1=-2, dim2=-1)
-
-
-def _times(matrix: Tensor, vector: Tensor) -> Tensor:
-    return (matrix @ vector.unsqueeze(-1)).squeeze(-1)
 
 
 def _solve(factor: Tensor, vector: Tensor, *, upper: bool = False) -> Tensor:

@@ -151,7 +151,6 @@ class HardConstraint(nn.Module):
         if features is None and any(isinstance(row, InteriorRows) and row.features is None for row in rows):
             raise ValueError("pde rows need features: give them their own, or features= to the constraint")
         self.grid_ndim, self.points, self.ridge, self.x0 = grid_ndim, points, ridge, x0
-        self.precision, self.on_failure = precision, on_failure
         self.options = FitOptions(solver, hessian, tol, max_iter, precision, on_failure, "HardConstraint")
 
     def forward(self, basis: Tensor, *args: Any, generator: torch.Generator | None = None) -> Tensor:
@@ -181,7 +180,7 @@ class HardConstraint(nn.Module):
         points = [self._sampled(block, rows.batch, generator) for block in rows.points]
         fit = solve_rows(self.start(rows.basis, rows.batch), points, rows.linear, rows.free, options=self.options)
         u = combine(rows.basis, fit.x, self.grid_ndim)
-        if self.on_failure == "nan":
+        if self.options.on_failure == "nan":
             u = torch.where((fit.status == Status.SOLVED)[(..., *[None] * self.grid_ndim)], u, torch.nan)
         return ConstraintSolution(u.to(basis.dtype), fit.x.to(basis.dtype), fit.status, fit.residual_norm, fit.residual, fit.iterations)
 
@@ -199,7 +198,7 @@ class HardConstraint(nn.Module):
             came = f"{tuple(basis.shape)} {basis.dtype}" if isinstance(basis, Tensor) else type(basis).__name__
             raise ShapeError(f"basis must be a floating tensor (*batch, *grid, N) with {self.grid_ndim} dimensions of grid, got {came}")
         grid = tuple(basis.shape[-1 - self.grid_ndim : -1])
-        basis = basis.to(self.precision)
+        basis = basis.to(self.options.precision)
         points: list[PointRows] = []
         linear: list[LinearRows] = []
         made: dict[Callable[..., Any], dict[str, Tensor]] = {}
@@ -260,7 +259,7 @@ class HardConstraint(nn.Module):
     def extra_repr(self) -> str:
         """The options."""
         shown: dict[str, Any] = {"grid_ndim": self.grid_ndim, "points": self.points, "ridge": self.ridge, "solver": self.options.solver}
-        shown |= {"hessian": self.options.hessian, "tol": self.options.tol, "precision": self.precision}
+        shown |= {"hessian": self.options.hessian, "tol": self.options.tol, "precision": self.options.precision}
         return ", ".join(f"{name}={value!r}" for name, value in shown.items())
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from ..convex.kkt import times
 from ..convex.projections import projection_affine_set, projection_polyhedron
 from ..errors import ShapeError
 from ..holding import hold
@@ -96,10 +97,10 @@ class LinearConstraint(nn.Module):
         if root is None:
             return self._project(y, (self.A, b, self.G, h))
         A, G = (None if matrix is None else matrix @ root for matrix in (self.A, self.G))
-        b, h = (None if matrix is None or side is None else side - _times(matrix, y) for matrix, side in ((self.A, b), (self.G, h)))
+        b, h = (None if matrix is None or side is None else side - times(matrix, y) for matrix, side in ((self.A, b), (self.G, h)))
         z = self._project(y.new_zeros(root.shape[-1]), (A, b, G, h))
         failed = z.isnan().any(-1, keepdim=True)
-        return torch.where(failed, torch.nan, y + _times(root, torch.where(failed, 0, z)))
+        return torch.where(failed, torch.nan, y + times(root, torch.where(failed, 0, z)))
 
     def _project(self, x: Tensor, constraints: tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]) -> Tensor:
         A, b, G, _ = constraints
@@ -114,7 +115,3 @@ class LinearConstraint(nn.Module):
         parts = {name: getattr(self, name) for name in ("A", "b", "G", "h")}
         shown = [f"{name}: {tuple(part.shape)}" for name, part in parts.items() if part is not None]
         return ", ".join([*shown, f"on_failure={self.on_failure!r}"])
-
-
-def _times(matrix: Tensor, vector: Tensor) -> Tensor:
-    return (matrix @ vector.unsqueeze(-1)).squeeze(-1)
